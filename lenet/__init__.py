@@ -1,0 +1,1 @@
+"""LeNet and the steps that train it: plain torch, no files, no cluster."""

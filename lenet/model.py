@@ -1,0 +1,82 @@
+"""LeNet-5 as the textbook gives it: two sigmoid convolutions, average pooling, three linear layers.
+
+Y. LeCun, L. Bottou, Y. Bengio, P. Haffner, "Gradient-based learning applied to document recognition", 1998,
+in the simplified form of Zhang et al., "Dive into Deep Learning", section 7.6.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+IMAGE_SIZES = (28, 32)
+
+
+class PadTo32(nn.Module):
+    """Bring (B, 1, 28, 28) to (B, 1, 32, 32) with a border of 2 zeros; pass (B, 1, 32, 32) through."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        if images.ndim != 4 or images.shape[1] != 1 or images.shape[2] != images.shape[3]:
+            raise ValueError(f"images have shape {tuple(images.shape)}; LeNet takes (B, 1, 28, 28) or (B, 1, 32, 32)")
+        side = images.shape[-1]
+        if side == 32:
+            return images
+        if side == 28:
+            return F.pad(images, (2, 2, 2, 2))
+        raise ValueError(f"images are {side}x{side}; LeNet takes 28x28 or 32x32")
+
+
+class LeNet(nn.Module):
+    """Float images (B, 1, 28, 28) or (B, 1, 32, 32) to float logits (B, n_classes).
+
+    Raises ValueError for any other shape, and for fewer than two classes.
+    """
+
+    def __init__(self, n_classes: int = 10) -> None:
+        super().__init__()
+        if n_classes < 2:
+            raise ValueError(f"n_classes is {n_classes}; a classifier needs at least 2")
+        self.n_classes = n_classes
+        self.pad = PadTo32()
+        self.conv1 = nn.Conv2d(1, 6, kernel_size=5)
+        self.act1 = nn.Sigmoid()
+        self.pool1 = nn.AvgPool2d(2)
+        self.conv2 = nn.Conv2d(6, 16, kernel_size=5)
+        self.act2 = nn.Sigmoid()
+        self.pool2 = nn.AvgPool2d(2)
+        self.flatten = nn.Flatten()
+        self.fc1 = nn.Linear(16 * 5 * 5, 120)
+        self.act3 = nn.Sigmoid()
+        self.fc2 = nn.Linear(120, 84)
+        self.act4 = nn.Sigmoid()
+        self.fc3 = nn.Linear(84, n_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        # The layers are registered in the order they run, so the layer table is this loop with a print.
+        x = images
+        for layer in self.children():
+            x = layer(x)
+        return x
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One line of the layer table: the layer's name and kind, its output shape for one image, its parameters."""
+
+    name: str
+    kind: str
+    output_shape: tuple[int, ...]
+    parameters: int
+
+
+def layer_table(model: LeNet, image_size: int = 28) -> list[LayerRow]:
+    """Run one blank image through `model` and describe every layer on the way."""
+    x = torch.zeros(1, 1, image_size, image_size)
+    rows = []
+    with torch.no_grad():
+        for name, layer in model.named_children():
+            x = layer(x)
+            count = sum(p.numel() for p in layer.parameters())
+            rows.append(LayerRow(name, type(layer).__name__, tuple(x.shape[1:]), count))
+    return rows

@@ -1,0 +1,88 @@
+"""The state of training as one safetensors file: weights, optimizer state and history. Nothing is ever unpickled."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+from pipeline.errors import DataError
+
+FILE_NAME = "state.safetensors"
+
+
+class EpochMetrics(BaseModel):
+    """What one epoch gave: losses in nats per image, accuracies 0 to 1, all over the whole split."""
+
+    model_config = ConfigDict(frozen=True)
+
+    epoch: int
+    train_loss: float
+    train_accuracy: float
+    test_loss: float
+    test_accuracy: float
+    seconds: float
+    images_per_second: float
+
+
+History = list[EpochMetrics]
+
+
+def save_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, history: History) -> None:
+    """Write one file to `folder`: one, because every object costs a round trip to the store."""
+    state = optimizer.state_dict()
+    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
+    scalars: dict[str, dict[str, Any]] = {}
+    for index, slots in state["state"].items():
+        for name, value in slots.items():
+            if isinstance(value, Tensor):
+                tensors[f"optimizer.{index}.{name}"] = value
+            else:
+                scalars.setdefault(str(index), {})[name] = value
+    metadata = {
+        "history": json.dumps([epoch.model_dump() for epoch in history]),
+        "optimizer_scalars": json.dumps(scalars),
+        "optimizer_groups": json.dumps(state["param_groups"]),
+    }
+    contiguous = {name: value.detach().contiguous().cpu() for name, value in tensors.items()}
+    (folder / FILE_NAME).write_bytes(safetensors.torch.save(contiguous, metadata))
+
+
+def load_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> History:
+    """Restore what `save_state` wrote, in place, and return the history. DataError for a torn file."""
+    tensors, metadata = _open(folder / FILE_NAME)
+    slots: dict[int, dict[str, Any]] = {}
+    for index, scalars in json.loads(metadata["optimizer_scalars"]).items():
+        slots[int(index)] = dict(scalars)
+    for key, value in tensors.items():
+        if key.startswith("optimizer."):
+            _, index, name = key.split(".", 2)
+            slots.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({"state": slots, "param_groups": json.loads(metadata["optimizer_groups"])})
+    model.load_state_dict(_weights(tensors))
+    return _history(metadata)
+
+
+def read_state(file: Path) -> tuple[dict[str, Tensor], History]:
+    """The weights, float32 by name, and the history in a state file, with no model at hand."""
+    tensors, metadata = _open(file)
+    return _weights(tensors), _history(metadata)
+
+
+def _weights(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key.removeprefix("model."): value for key, value in tensors.items() if key.startswith("model.")}
+
+
+def _history(metadata: dict[str, str]) -> History:
+    return [EpochMetrics.model_validate(epoch) for epoch in json.loads(metadata["history"])]
+
+
+def _open(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with safetensors.safe_open(file, "pt") as content:
+            return {key: content.get_tensor(key) for key in content.keys()}, content.metadata()
+    except (OSError, safetensors.SafetensorError) as error:
+        raise DataError(f"checkpoint {file} cannot be read ({error}); start the run anew with another run_id") from None

@@ -1,0 +1,107 @@
+"""Reaching Ray: a cluster that is there, or a local one for the time of the training; and asking what fits on it."""
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Literal
+
+import joblib
+import ray
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+
+from pipeline.errors import ClusterError, ConfigError
+
+# A worker that hangs, rather than dies, is given up after this long. Ray's own limit is 10 minutes.
+HANG_TIMEOUT_S = 120
+
+
+class ClusterConfig(BaseModel):
+    """The workers, and the cluster they run on."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    workers: int = Field(2, ge=1, le=10_000, description="Ray Train workers; each takes its part of every batch.")
+    cpus_per_worker: float = Field(
+        1, gt=0, le=256, description="CPU cores for each worker; below 1, workers share a core."
+    )
+    gpu: Literal["auto", "yes", "no"] = Field(
+        "auto", description="Give each worker a GPU: yes, no, or auto (yes if the cluster has one for every worker)."
+    )
+    ray_address: str | None = Field(
+        None, description="Ray cluster to train on: auto or host:port. A local Ray is started if not given."
+    )
+
+
+def placeable(nodes: Iterable[Mapping[str, float]], cpus: float, gpus: float) -> int:
+    """How many workers of `cpus` and `gpus` each fit on nodes with those resources: a worker never spans nodes."""
+    fitting = 0
+    for node in nodes:
+        counts = [int(node.get("CPU", 0) / cpus)] + ([int(node.get("GPU", 0) / gpus)] if gpus else [])
+        fitting += min(counts)
+    return fitting
+
+
+def local_resources() -> dict[str, float]:
+    """CPUs (affinity and cgroup limits counted) and GPUs of this machine."""
+    return {"CPU": float(joblib.cpu_count()), "GPU": float(torch.cuda.device_count())}
+
+
+def decide_gpu(config: ClusterConfig, nodes: list[Mapping[str, float]]) -> bool:
+    """Whether each worker gets a GPU. Raises ConfigError when the workers, or their GPUs, do not fit on `nodes`."""
+    with_gpu = placeable(nodes, config.cpus_per_worker, 1)
+    if config.gpu == "yes" and with_gpu < config.workers:
+        count = int(sum(node.get("GPU", 0) for node in nodes))
+        raise ConfigError(
+            "gpu", "yes", f"{config.workers} workers need a GPU each and Ray has {count}", "use gpu=no or fewer workers"
+        )
+    room = placeable(nodes, config.cpus_per_worker, 0)
+    if room < config.workers:
+        cpus = int(sum(node.get("CPU", 0) for node in nodes))
+        raise ConfigError(
+            "workers",
+            config.workers,
+            f"Ray has room for {room} on {cpus} CPUs with cpus_per_worker={config.cpus_per_worker:g}",
+            "ask for fewer, or lower cpus_per_worker",
+        )
+    return config.gpu != "no" and with_gpu >= config.workers
+
+
+def check_local(config: ClusterConfig) -> None:
+    """Before any work: ConfigError when a local Ray could not hold the workers. A cluster is asked on connecting."""
+    if config.ray_address is None and not ray.is_initialized():
+        decide_gpu(config, [local_resources()])
+
+
+@contextlib.contextmanager
+def ray_session(config: ClusterConfig) -> Iterator[bool]:
+    """Connect to Ray, starting a local one if none is named, and yield whether the workers get GPUs.
+
+    Raises ClusterError when the named cluster does not answer, ConfigError when the workers do not fit.
+    """
+    os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", str(HANG_TIMEOUT_S))
+    started = not ray.is_initialized()
+    if started:
+        _connect(config)
+    try:
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        yield decide_gpu(config, nodes)
+    finally:
+        if started:
+            ray.shutdown()
+
+
+def _connect(config: ClusterConfig) -> None:
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if config.ray_address is None:
+        resources = local_resources()
+        ray.init(num_cpus=int(resources["CPU"]), num_gpus=int(resources["GPU"]), include_dashboard=False, **quiet)
+        return
+    try:
+        ray.init(address=config.ray_address, **quiet)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise ClusterError(
+            f"ray_address={config.ray_address!r}: no Ray cluster answers there ({str(error).splitlines()[0]}); "
+            "check the address, or leave it out for a local Ray"
+        ) from None

@@ -1,0 +1,45 @@
+"""What can go wrong that a user can mend. Anything else is a bug of ours and keeps its traceback.
+
+    PipelineError            one line: what, its value, the rule, the remedy
+    ├── ConfigError          a parameter is out of bounds, or contradicts the run it continues
+    ├── DataError            a source, an IDX file, a shard or a manifest is missing, torn or not what it claims
+    ├── StorageError         the object store cannot be reached, read or written
+    ├── ClusterError         Ray cannot give the workers or devices asked for
+    └── TrainingError        training ran and failed
+"""
+
+
+class PipelineError(Exception):
+    """Root of the tree. `exit_code` is what the command line returns."""
+
+    exit_code = 1
+
+
+class ConfigError(PipelineError):
+    """Names the parameter, its value, the rule and the remedy."""
+
+    exit_code = 2
+
+    def __init__(self, field: str, value: object, rule: str, remedy: str) -> None:
+        # All four go to Exception's args, so that the error survives pickling between processes.
+        super().__init__(field, value, rule, remedy)
+
+    def __str__(self) -> str:
+        field, value, rule, remedy = self.args
+        return f"{field}={value!r}: {rule}; {remedy}"
+
+
+class DataError(PipelineError):
+    """A dataset, at its source or in the store, cannot be used."""
+
+
+class StorageError(PipelineError):
+    """An operation on the object store failed for good."""
+
+
+class ClusterError(PipelineError):
+    """The Ray cluster cannot place the training."""
+
+
+class TrainingError(PipelineError):
+    """The training itself failed."""

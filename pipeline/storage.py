@@ -1,0 +1,267 @@
+"""One object store behind one URL: a folder (file://) or a bucket (s3://).
+
+Whatever the pipeline keeps goes through a Store, and Parquet and Ray Train use the same filesystem object through
+`Store.arrow`. Keys are relative, slash-separated. Objects are written whole or not at all; `create` and `replace`
+are the conditional writes that publishing rests on.
+"""
+
+import contextlib
+import hashlib
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import botocore.exceptions
+import fsspec
+import pyarrow.fs
+import s3fs
+from filelock import FileLock
+from fsspec.implementations.local import LocalFileSystem
+from pydantic import BaseModel, ConfigDict, Field
+
+from pipeline.errors import ConfigError, StorageError
+
+# The one place for S3's patience. botocore tries a call 5 times with growing pauses (about 15 s in all, a server's
+# restart), and s3fs retries what botocore gives up on when the connection breaks inside a body.
+S3_CONNECT_TIMEOUT_S = 5
+S3_READ_TIMEOUT_S = 30
+S3_ATTEMPTS = 5
+
+
+class StorageConfig(BaseModel):
+    """Where everything is kept."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    storage: str = Field(
+        "./store",
+        description="Object store for shards, checkpoints and reports: a folder, file:///path or s3://bucket/prefix. "
+        "S3's endpoint and credentials come from the usual AWS variables or profile.",
+        min_length=1,
+    )
+
+
+def sha256(data: bytes) -> str:
+    """Hex digest of `data`."""
+    return hashlib.sha256(data).hexdigest()
+
+
+class Store:
+    """A folder or bucket prefix. Picklable, so Ray's workers open the same one. Use `open_store` to make one."""
+
+    def __init__(self, url: str, fs: fsspec.AbstractFileSystem, root: str) -> None:
+        self.url = url
+        self.fs = fs
+        self.root = root
+
+    @property
+    def arrow(self) -> pyarrow.fs.FileSystem:
+        """The same filesystem as pyarrow and Ray Train take it; give it `path(key)`."""
+        return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(self.fs))
+
+    def path(self, key: str) -> str:
+        """The key as the filesystem object knows it."""
+        return f"{self.root}/{key}"
+
+    def locate(self, key: str) -> str:
+        """The key as a person would type it: a path on disk or an s3:// URL."""
+        return f"{self.url}/{key}"
+
+    def exists(self, key: str) -> bool:
+        with self._explained(key):
+            return bool(self.fs.isfile(self.path(key)))
+
+    def read(self, key: str) -> bytes:
+        """The whole object. Raises StorageError when there is none."""
+        with self._explained(key):
+            return bytes(self.fs.cat_file(self.path(key)))
+
+    def keys(self, prefix: str) -> list[str]:
+        """All keys under the folder `prefix`, sorted; none when it does not exist."""
+        with self._explained(prefix):
+            found = self.fs.find(self.path(prefix))
+        return sorted(path.removeprefix(self.root + "/") for path in found)
+
+    def delete(self, prefix: str) -> None:
+        """Remove the object or folder, if it is there."""
+        with self._explained(prefix), contextlib.suppress(FileNotFoundError):
+            self.fs.rm(self.path(prefix), recursive=True)
+
+    def put(self, key: str, data: bytes) -> None:
+        """Write an object whole, replacing any other, then read it back and compare its sha256.
+
+        For run-private keys only: what others read is written with `create` and `replace`.
+        """
+        with self._explained(key):
+            self._put(key, data)
+        if sha256(self.read(key)) != sha256(data):
+            raise StorageError(f"{self.locate(key)}: read back other bytes than were written; check the disk or server")
+
+    def create(self, key: str, data: bytes) -> bool:
+        """Write `data` only if there is no such object. False if one with other content is there already.
+
+        True also when the very same bytes are there: a retry after a lost answer has then succeeded before.
+        """
+        with self._explained(key):
+            if self._create(key, data):
+                return True
+        return self.read(key) == data
+
+    def replace(self, key: str, data: bytes, expected: bytes | None) -> bool:
+        """Write `data` only if the object still holds `expected` (None: does not exist). False if it does not."""
+        if expected is None:
+            return self.create(key, data)
+        with self._explained(key):
+            if self._replace(key, data, expected):
+                return True
+        return self.read(key) == data
+
+    def check_writable(self) -> None:
+        """Write, read and delete a small object, so that a store out of reach is found before any work starts."""
+        key = f".probe-{uuid.uuid4().hex}"
+        self.put(key, b"lenet-pipeline")
+        self.delete(key)
+
+    def _put(self, key: str, data: bytes) -> None:
+        raise NotImplementedError
+
+    def _create(self, key: str, data: bytes) -> bool:
+        raise NotImplementedError
+
+    def _replace(self, key: str, data: bytes, expected: bytes) -> bool:
+        raise NotImplementedError
+
+    @contextlib.contextmanager
+    def _explained(self, key: str) -> Iterator[None]:
+        """Turn what the filesystem raises into one line that says where, what and what to do."""
+        where = self.locate(key)
+        try:
+            yield
+        except FileNotFoundError as error:
+            raise StorageError(f"{where}: not found ({_short(error)}); check the bucket, the key and storage") from error
+        except (PermissionError, botocore.exceptions.NoCredentialsError) as error:
+            raise StorageError(f"{where}: access denied ({_short(error)}); check {self._access_remedy}") from error
+        except (OSError, botocore.exceptions.BotoCoreError) as error:
+            raise StorageError(f"{where}: store failed ({_short(error)}); check {self._reach_remedy}") from error
+
+    _access_remedy = "the folder's owner and mode"
+    _reach_remedy = "the disk"
+
+
+class LocalStore(Store):
+    """A folder. Writes go to a temporary file beside the target, are synced, and then take its name."""
+
+    def _put(self, key: str, data: bytes) -> None:
+        with self._written(key, data) as (temporary, target):
+            temporary.replace(target)
+
+    def _create(self, key: str, data: bytes) -> bool:
+        with self._written(key, data) as (temporary, target):
+            try:
+                # A hard link is the one rename that refuses to overwrite.
+                os.link(temporary, target)
+            except FileExistsError:
+                return False
+            return True
+
+    def _replace(self, key: str, data: bytes, expected: bytes) -> bool:
+        target = Path(self.path(key))
+        with FileLock(target.with_name(f".{target.name}.lock")):
+            if not target.exists() or target.read_bytes() != expected:
+                return False
+            self._put(key, data)
+            return True
+
+    @contextlib.contextmanager
+    def _written(self, key: str, data: bytes) -> Iterator[tuple[Path, Path]]:
+        target = Path(self.path(key))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
+        try:
+            with temporary.open("xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            yield temporary, target
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def locate(self, key: str) -> str:
+        return self.path(key)
+
+
+class S3Store(Store):
+    """A bucket, or a prefix in one. An object appears whole, as S3 promises of a single PUT."""
+
+    fs: s3fs.S3FileSystem
+    _access_remedy = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+    _reach_remedy = "AWS_ENDPOINT_URL and that the server is up"
+
+    def _put(self, key: str, data: bytes) -> None:
+        self._put_object(key, data)
+
+    def _create(self, key: str, data: bytes) -> bool:
+        return self._put_if(key, data, IfNoneMatch="*")
+
+    def _replace(self, key: str, data: bytes, expected: bytes) -> bool:
+        # The ETag is asked for first: if the object changes between this and the PUT, the PUT is refused.
+        info = self.fs.info(self.path(key))
+        if self.fs.cat_file(self.path(key)) != expected:
+            return False
+        return self._put_if(key, data, IfMatch=info["ETag"])
+
+    def _put_if(self, key: str, data: bytes, **condition: str) -> bool:
+        try:
+            self._put_object(key, data, **condition)
+        except OSError as error:
+            cause = error.__cause__
+            if isinstance(cause, botocore.exceptions.ClientError):
+                status = cause.response["ResponseMetadata"]["HTTPStatusCode"]
+                if status in (409, 412):  # a concurrent conditional write, a condition that does not hold
+                    return False
+            raise
+        return True
+
+    def _put_object(self, key: str, data: bytes, **condition: str) -> None:
+        bucket, _, name = self.path(key).partition("/")
+        self.fs.call_s3("put_object", Bucket=bucket, Key=name, Body=data, **condition)
+
+
+def open_store(url: str) -> Store:
+    """The store at `url`: a folder path, file://…, or s3://bucket[/prefix].
+
+    S3 credentials, region and endpoint are read by botocore from the environment (AWS_ACCESS_KEY_ID,
+    AWS_ENDPOINT_URL, …) or the AWS profile, never from the URL. Raises ConfigError for any other URL.
+    """
+    parts = urlsplit(url)
+    if "@" in parts.netloc:
+        hidden = parts.netloc.rpartition("@")[2]
+        raise ConfigError("storage", f"{parts.scheme}://…@{hidden}", "credentials do not belong in a URL", "use AWS_*")
+    if parts.scheme in ("", "file"):
+        if parts.netloc:
+            raise ConfigError("storage", url, "a file URL has three slashes", f"write file:///{parts.netloc}{parts.path}")
+        root = Path(parts.path if parts.scheme else url).expanduser().absolute()
+        return LocalStore(root.as_uri(), LocalFileSystem(auto_mkdir=True), str(root))
+    if parts.scheme == "s3" and parts.netloc:
+        root_path = (parts.netloc + parts.path).rstrip("/")
+        return S3Store(f"s3://{root_path}", _s3_filesystem(), root_path)
+    raise ConfigError("storage", url, "the store is a folder, file:///path or s3://bucket/prefix", "use one of these")
+
+
+def _s3_filesystem() -> s3fs.S3FileSystem:
+    config: dict[str, Any] = {
+        "connect_timeout": S3_CONNECT_TIMEOUT_S,
+        "read_timeout": S3_READ_TIMEOUT_S,
+        "retries": {"mode": "standard", "max_attempts": S3_ATTEMPTS},
+    }
+    # Listings are never cached: another process writes to the same bucket (fsspec/s3fs#851).
+    return s3fs.S3FileSystem(use_listings_cache=False, skip_instance_cache=True, config_kwargs=config)
+
+
+def _short(error: BaseException) -> str:
+    """An error's first line, without its class's noise."""
+    text = str(error.args[1] if isinstance(error, OSError) and len(error.args) > 1 else error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

@@ -1,0 +1,220 @@
+"""Data-parallel training with Ray Train, from a dataset in the store to a candidate model in the store."""
+
+import contextlib
+import logging
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import pyarrow.fs
+import ray.exceptions
+import ray.train
+import safetensors.torch
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from ray.train.torch import TorchTrainer
+
+from lenet.recipe import RECIPES, Recipe
+from pipeline.checkpoint import FILE_NAME, EpochMetrics, History, read_state
+from pipeline.cluster import ClusterConfig, ray_session
+from pipeline.errors import StorageError, TrainingError
+from pipeline.shards import Manifest
+from pipeline.storage import Store, sha256
+from pipeline.worker import Job, train_worker
+
+log = logging.getLogger(__name__)
+
+# How often a lost worker, or a step that raised, sends all workers back to the last checkpoint.
+MAX_FAILURES = 3
+CHECKPOINTS_KEPT = 2
+PROGRESS_POLL_S = 0.5
+
+OnEpoch = Callable[[EpochMetrics], None]
+
+
+def _known_recipe(name: str) -> str:
+    if name not in RECIPES:
+        raise ValueError(f"no such recipe; use one of {', '.join(RECIPES)}")
+    return name
+
+
+class TrainConfig(BaseModel):
+    """What the weights become. A value that is not given is the recipe's own."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    recipe: Annotated[str, AfterValidator(_known_recipe)] = Field(
+        "seed", description="Named set of hyperparameters.", json_schema_extra={"enum": list(RECIPES)}
+    )
+    epochs: int | None = Field(None, ge=1, le=10_000, description="Passes over the training set.")
+    global_batch_size: int | None = Field(
+        None, ge=1, le=1_000_000, description="Images in each optimizer step, over all workers together."
+    )
+    lr: float | None = Field(None, gt=0, le=100, description="Learning rate.")
+    seed: int = Field(0, ge=0, lt=2**63, description="Decides the initial weights and the order of the images.")
+
+    def resolved(self) -> Recipe:
+        """The recipe with the values given here in place of its own."""
+        given = {name: getattr(self, name) for name in ("epochs", "global_batch_size", "lr")}
+        return replace(RECIPES[self.recipe], **{name: value for name, value in given.items() if value is not None})
+
+
+class Training(BaseModel):
+    """The receipt of a finished training: written last, so its presence says that the candidate is complete."""
+
+    model_config = ConfigDict(frozen=True)
+
+    history: History
+    candidate: str
+    candidate_sha256: str
+    parameters: int
+    world_size: int
+    device: str
+    wall_seconds: float
+
+
+def staging(run_id: str) -> str:
+    """Key of the folder that only this run writes to, and nobody else reads."""
+    return f"staging/{run_id}"
+
+
+def find_training(store: Store, run_id: str) -> Training | None:
+    """The receipt of the run's training, or None while it is not finished."""
+    key = f"{staging(run_id)}/training.json"
+    return Training.model_validate_json(store.read(key)) if store.exists(key) else None
+
+
+def fit(
+    store: Store,
+    run_id: str,
+    manifest: Manifest,
+    config: TrainConfig,
+    cluster: ClusterConfig,
+    on_epoch: OnEpoch = lambda epoch: None,
+) -> Training:
+    """Train to the last epoch, from the run's last checkpoint if it has one, and store the candidate's weights.
+
+    `on_epoch` is called in this process soon after each epoch, for restored epochs too. Raises ConfigError or
+    ClusterError when the workers cannot be had, StorageError or TrainingError when training fails for good.
+    """
+    if done := find_training(store, run_id):
+        return done
+    started = time.perf_counter()
+    job = Job(store.url, manifest, config.resolved(), config.seed)
+    with ray_session(cluster) as gpu, _progress(store, run_id, on_epoch):
+        state = _run_workers(store, run_id, job, cluster, gpu)
+    weights, history = state
+    if len(history) < job.recipe.epochs:
+        raise TrainingError(
+            f"the loss became infinite or undefined in epoch {len(history) + 1} with lr={job.recipe.lr:g}; lower lr"
+        )
+    candidate = safetensors.torch.save(weights)
+    key = f"{staging(run_id)}/candidate.safetensors"
+    store.put(key, candidate)
+    training = Training(
+        history=history,
+        candidate=key,
+        candidate_sha256=sha256(candidate),
+        parameters=sum(tensor.numel() for tensor in weights.values()),
+        world_size=cluster.workers,
+        device="gpu" if gpu else "cpu",
+        wall_seconds=time.perf_counter() - started,
+    )
+    store.create(f"{staging(run_id)}/training.json", training.model_dump_json(indent=2).encode())
+    return training
+
+
+def _run_workers(
+    store: Store, run_id: str, job: Job, cluster: ClusterConfig, gpu: bool
+) -> tuple[dict[str, Any], History]:
+    """Run Ray Train to its end; the weights and the history of the last checkpoint."""
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={"job": job},
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=cluster.workers,
+            use_gpu=gpu,
+            resources_per_worker={"CPU": cluster.cpus_per_worker, **({"GPU": 1} if gpu else {})},
+        ),
+        run_config=ray.train.RunConfig(
+            # The same name and path again make Ray Train go on from the last checkpoint it finds there.
+            name="ray",
+            storage_path=store.path(staging(run_id)),
+            storage_filesystem=store.arrow,
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=CHECKPOINTS_KEPT),
+            failure_config=ray.train.FailureConfig(max_failures=MAX_FAILURES),
+            callbacks=[_WriteProgress(store, run_id)],
+        ),
+    )
+    interrupt = signal.getsignal(signal.SIGINT)
+    try:
+        checkpoint = trainer.fit().checkpoint
+    except SystemExit:
+        # Ray Train answers Ctrl-C by stopping its workers and leaving with exit code 0: not a success to us.
+        raise KeyboardInterrupt from None
+    except ray.train.TrainingFailedError as error:
+        store.check_writable()  # a store that went away is the likelier cause, and its error says so
+        raise TrainingError(f"training failed {MAX_FAILURES + 1} times, at last with: {_cause(error)}") from error
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, interrupt)
+    if checkpoint is None:
+        return {}, []
+    with tempfile.TemporaryDirectory() as folder:
+        pyarrow.fs.copy_files(
+            checkpoint.path, folder, source_filesystem=checkpoint.filesystem, use_threads=False
+        )
+        return read_state(Path(folder) / FILE_NAME)
+
+
+class _WriteProgress(ray.train.UserCallback):
+    """Runs in Ray Train's controller: leaves each epoch's metrics in the store, where any process can follow them."""
+
+    def __init__(self, store: Store, run_id: str) -> None:
+        self.store = store
+        self.run_id = run_id
+
+    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+        epoch = EpochMetrics.model_validate(metrics[0])
+        self.store.put(f"{_progress_folder(self.run_id)}/{epoch.epoch:05d}.json", epoch.model_dump_json().encode())
+
+
+def _progress_folder(run_id: str) -> str:
+    return f"{staging(run_id)}/progress"
+
+
+@contextlib.contextmanager
+def _progress(store: Store, run_id: str, on_epoch: OnEpoch) -> Iterator[None]:
+    """Call `on_epoch` for every epoch in the progress folder, those that come while the block runs included."""
+    ended = threading.Event()
+    seen: set[str] = set()
+
+    def catch_up() -> None:
+        for key in store.keys(_progress_folder(run_id)):
+            if key not in seen and key.endswith(".json"):
+                seen.add(key)
+                on_epoch(EpochMetrics.model_validate_json(store.read(key)))
+
+    def follow() -> None:
+        while not ended.wait(PROGRESS_POLL_S):
+            with contextlib.suppress(StorageError):  # the next look may succeed, and training reports its own
+                catch_up()
+
+    thread = threading.Thread(target=follow, name="progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+    catch_up()
+
+
+def _cause(error: BaseException) -> str:
+    """The last line of what the worker raised: its exception and message."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[-1].strip() if lines else type(error).__name__
