@@ -74,8 +74,8 @@ def evaluate_step(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
 
 @torch.no_grad()
 def predict_step(model: nn.Module, images: Tensor) -> Tensor:
-    """float32 probabilities (b, n_classes) for uint8 (b, 28, 28) images."""
-    return model(normalise(images)).softmax(dim=1)
+    """float64 probabilities (b, n_classes) for uint8 (b, 28, 28) images; each row sums to 1 to 15 digits."""
+    return model(normalise(images)).double().softmax(dim=1)
 
 
 @torch.no_grad()

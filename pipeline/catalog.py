@@ -1,8 +1,6 @@
 """The datasets the pipeline knows, each an entry of data."""
 
-from dataclasses import dataclass, field
-
-from torchvision.datasets import FashionMNIST
+from dataclasses import dataclass
 
 SPLITS = ("train", "test")
 
@@ -20,14 +18,16 @@ class IdxFile:
 
 @dataclass(frozen=True, kw_only=True)
 class Dataset:
-    """A published image classification dataset in IDX files, `images` and `labels` by split."""
+    """A published image classification dataset in IDX files, `images` and `labels` by split.
+
+    `torchvision_class` names the class in torchvision.datasets that lists its mirrors and its archives' checksums.
+    """
 
     name: str
     classes: tuple[str, ...]
     images: dict[str, IdxFile]
     labels: dict[str, IdxFile]
-    mirrors: tuple[str, ...]
-    archive_md5: dict[str, str] = field(repr=False)
+    torchvision_class: str
     debian_package: str
     debian_folder: str
     licence: str
@@ -41,7 +41,18 @@ class Dataset:
 
 FASHION_MNIST = Dataset(
     name="fashion-mnist",
-    classes=tuple(FashionMNIST.classes),
+    classes=(
+        "T-shirt/top",
+        "Trouser",
+        "Pullover",
+        "Dress",
+        "Coat",
+        "Sandal",
+        "Shirt",
+        "Sneaker",
+        "Bag",
+        "Ankle boot",
+    ),
     images={
         "train": IdxFile(
             name="train-images-idx3-ubyte",
@@ -62,8 +73,7 @@ FASHION_MNIST = Dataset(
             sha256="0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
         ),
     },
-    mirrors=tuple(FashionMNIST.mirrors),
-    archive_md5=dict(FashionMNIST.resources),
+    torchvision_class="FashionMNIST",
     debian_package="dataset-fashion-mnist",
     debian_folder="usr/share/datasets/fashion-mnist",
     licence="MIT",

@@ -9,7 +9,8 @@ import logging
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 from urllib.parse import urlsplit
@@ -139,26 +140,24 @@ def _is_url(source: str) -> bool:
 def _sources(source: str, dataset: Dataset) -> list[tuple[str, Bring]]:
     """Names of the places to ask, in order, each with the function that brings its files, packed or not."""
     if _is_url(source):
-        return [(source, lambda into: _from_mirror(source, dataset, into, pinned=False))]
+        archives: dict[str, str | None] = {f"{file.name}.gz": None for file in dataset.files}
+        return [(source, partial(_from_mirror, source, archives))]
     if source != "auto":
-        return [(source, lambda into: _from_folder(Path(source).expanduser(), dataset, into))]
-    mirrors = [
-        (url, lambda into, url=url: _from_mirror(url, dataset, into, pinned=True)) for url in dataset.mirrors
-    ]
-    return [*mirrors, (f"Debian's {dataset.debian_package}", lambda into: _from_debian(dataset, into))]
+        return [(source, partial(_from_folder, Path(source).expanduser(), dataset))]
+    import torchvision.datasets  # here, since it takes 1.8 s and only a download needs it
+
+    published = getattr(torchvision.datasets, dataset.torchvision_class)
+    md5 = {name: f"md5:{digest}" for name, digest in published.resources}
+    places: list[tuple[str, Bring]] = [(url, partial(_from_mirror, url, md5)) for url in published.mirrors]
+    return [*places, (f"Debian's {dataset.debian_package}", partial(_from_debian, dataset))]
 
 
-def _from_mirror(url: str, dataset: Dataset, into: Path, *, pinned: bool) -> None:
-    """Download the .gz files; a torn or altered one is dropped by pooch and fetched again from the start."""
-    archives = {f"{file.name}.gz": None for file in dataset.files}
-    known = {name: f"md5:{digest}" for name, digest in dataset.archive_md5.items()}
-    registry = known if pinned else archives
-    mirror = pooch.create(path=into, base_url=url.rstrip("/") + "/", registry=registry, retry_if_failed=RETRIES)
+def _from_mirror(url: str, archives: Mapping[str, str | None], into: Path) -> None:
+    """Download .gz files, by name and known hash; a torn or altered one is dropped by pooch and fetched anew."""
     pooch.get_logger().setLevel(logging.ERROR)
-    downloader = pooch.HTTPDownloader(
-        progressbar=sys.stderr.isatty(), timeout=(CONNECT_TIMEOUT_S, READ_TIMEOUT_S), headers={"Accept-Encoding": "identity"}
-    )
-    for name in registry:
+    mirror = pooch.create(path=into, base_url=url.rstrip("/") + "/", registry=dict(archives), retry_if_failed=RETRIES)
+    downloader = pooch.HTTPDownloader(progressbar=sys.stderr.isatty(), timeout=(CONNECT_TIMEOUT_S, READ_TIMEOUT_S))
+    for name in archives:
         mirror.fetch(name, downloader=downloader)
 
 

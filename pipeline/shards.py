@@ -8,7 +8,6 @@ import hashlib
 import json
 import logging
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -17,7 +16,6 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline.catalog import SPLITS, Dataset
-from pipeline.download import read_verified
 from pipeline.errors import DataError
 from pipeline.idx import Pixels
 from pipeline.order import share
@@ -102,24 +100,28 @@ def find_manifest(store: Store, folder: str) -> Manifest | None:
     return manifest
 
 
-def write_shards(store: Store, dataset: Dataset, source: Path, config: ShardConfig) -> Manifest:
-    """Shard the verified IDX files in `source` and write the manifest; nothing to do if it is there already."""
+def write_shards(
+    store: Store, dataset: Dataset, splits: dict[str, tuple[Pixels, Pixels]], config: ShardConfig
+) -> Manifest:
+    """Shard images uint8 (N, height, width) and labels uint8 (N,) by split; the manifest is written last.
+
+    There is nothing to do if the manifest is there already.
+    """
     folder = dataset_folder(dataset, config)
     if manifest := find_manifest(store, folder):
         return manifest
-    pairs = read_verified(dataset, source)
-    splits = {
-        split: tuple(_write_split(store, folder, split, images, labels, config.shards))
-        for split, (images, labels) in pairs.items()
-    }
+    first_image = splits["train"][0][0]
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         dataset=dataset.name,
         folder=folder,
-        image_shape=pairs["train"][0].shape[1:],
-        columns={column.name: str(column.type) for column in _schema(pairs["train"][0][0].size)},
+        image_shape=first_image.shape,
+        columns={column.name: str(column.type) for column in _schema(first_image.size)},
         classes=dataset.classes,
-        splits=splits,
+        splits={
+            split: tuple(_write_split(store, folder, split, images, labels, config.shards))
+            for split, (images, labels) in splits.items()
+        },
         source_sha256={file.name: file.sha256 for file in dataset.files},
         digest="",
     )

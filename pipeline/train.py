@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -75,6 +76,7 @@ class Training(BaseModel):
     world_size: int
     device: str
     wall_seconds: float
+    finished: datetime
 
 
 def staging(run_id: str) -> str:
@@ -106,8 +108,7 @@ def fit(
     started = time.perf_counter()
     job = Job(store.url, manifest, config.resolved(), config.seed)
     with ray_session(cluster) as gpu, _progress(store, run_id, on_epoch):
-        state = _run_workers(store, run_id, job, cluster, gpu)
-    weights, history = state
+        weights, history = _run_workers(store, run_id, job, cluster, gpu)
     if len(history) < job.recipe.epochs:
         raise TrainingError(
             f"the loss became infinite or undefined in epoch {len(history) + 1} with lr={job.recipe.lr:g}; lower lr"
@@ -123,6 +124,7 @@ def fit(
         world_size=cluster.workers,
         device="gpu" if gpu else "cpu",
         wall_seconds=time.perf_counter() - started,
+        finished=datetime.now(UTC),
     )
     store.create(f"{staging(run_id)}/training.json", training.model_dump_json(indent=2).encode())
     return training
