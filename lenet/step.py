@@ -75,7 +75,8 @@ def evaluate_step(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
 @torch.no_grad()
 def predict_step(model: nn.Module, images: Tensor) -> Tensor:
     """float64 probabilities (b, n_classes) for uint8 (b, 28, 28) images; each row sums to 1 to 15 digits."""
-    return model(normalise(images)).double().softmax(dim=1)
+    logits: Tensor = model(normalise(images))
+    return logits.double().softmax(dim=1)
 
 
 @torch.no_grad()

@@ -81,4 +81,3 @@ FASHION_MNIST = Dataset(
 )
 
 CATALOG: dict[str, Dataset] = {dataset.name: dataset for dataset in [FASHION_MNIST]}
-

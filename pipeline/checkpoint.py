@@ -27,6 +27,12 @@ class EpochMetrics(BaseModel):
     seconds: float
     images_per_second: float
 
+    def __str__(self) -> str:
+        return (
+            f"train loss {self.train_loss:.4f}, train accuracy {self.train_accuracy:.4f}, "
+            f"test accuracy {self.test_accuracy:.4f}, {self.images_per_second:,.0f} images/s"
+        )
+
 
 History = list[EpochMetrics]
 
@@ -83,6 +89,6 @@ def _history(metadata: dict[str, str]) -> History:
 def _open(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safetensors.safe_open(file, "pt") as content:
-            return {key: content.get_tensor(key) for key in content.keys()}, content.metadata()
+            return {key: content.get_tensor(key) for key in content.keys()}, content.metadata()  # noqa: SIM118
     except (OSError, safetensors.SafetensorError) as error:
         raise DataError(f"checkpoint {file} cannot be read ({error}); start the run anew with another run_id") from None

@@ -4,7 +4,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import joblib
 import ray
@@ -89,7 +89,7 @@ def ray_session(config: ClusterConfig) -> Iterator[bool]:
     if started:
         _connect(config)
     try:
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
         yield decide_gpu(config, nodes)
     finally:
         if started:
@@ -97,7 +97,7 @@ def ray_session(config: ClusterConfig) -> Iterator[bool]:
 
 
 def _connect(config: ClusterConfig) -> None:
-    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if config.ray_address is None:
         resources = local_resources()
         ray.init(num_cpus=int(resources["CPU"]), num_gpus=int(resources["GPU"]), include_dashboard=False, **quiet)

@@ -1,4 +1,4 @@
-"""Bring a catalogued dataset's IDX files to this machine, from wherever they can be had, and prove they are the real ones.
+"""Bring a catalogued dataset's IDX files to this machine, from wherever they can be had, and prove them real.
 
 Whatever the source, a file counts only once its decompressed bytes have the published sha256. What is torn or
 tampered with is dropped and the next source is asked; nothing is ever made up in its place.
@@ -117,9 +117,7 @@ def read_verified(dataset: Dataset, folder: Path) -> dict[str, tuple[Pixels, Pix
         if not (folder / file.name).is_file():
             raise DataError(f"{file.name} is missing in {folder}; fetch it again")
     pairs = {
-        split: read_pair(
-            folder / dataset.images[split].name, folder / dataset.labels[split].name, len(dataset.classes)
-        )
+        split: read_pair(folder / dataset.images[split].name, folder / dataset.labels[split].name, len(dataset.classes))
         for split in SPLITS
     }
     # The structure is looked at first: "truncated" says more than "another sha256".

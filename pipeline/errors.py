@@ -1,11 +1,11 @@
 """What can go wrong that a user can mend. Anything else is a bug of ours and keeps its traceback.
 
-    PipelineError            one line: what, its value, the rule, the remedy
-    ├── ConfigError          a parameter is out of bounds, or contradicts the run it continues
-    ├── DataError            a source, an IDX file, a shard or a manifest is missing, torn or not what it claims
-    ├── StorageError         the object store cannot be reached, read or written
-    ├── ClusterError         Ray cannot give the workers or devices asked for
-    └── TrainingError        training ran and failed
+PipelineError            one line: what, its value, the rule, the remedy
+├── ConfigError          a parameter is out of bounds, or contradicts the run it continues
+├── DataError            a source, an IDX file, a shard or a manifest is missing, torn or not what it claims
+├── StorageError         the object store cannot be reached, read or written
+├── ClusterError         Ray cannot give the workers or devices asked for
+└── TrainingError        training ran and failed
 """
 
 

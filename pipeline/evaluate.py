@@ -1,7 +1,8 @@
-"""Judging a candidate: the weights as they lie in the store, on the test shards, in a process that did not train them."""
+"""Judging a candidate: the weights as they lie in the store, on the test shards, apart from training."""
 
 import logging
 import time
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -111,11 +112,11 @@ def load_model(store: Store, key: str, expected_sha256: str, n_classes: int) -> 
 
 def predict(model: LeNet, images: Pixels) -> Probabilities:
     """Probabilities float64 (N, n_classes) for images uint8 (N, height, width)."""
-    batches = torch.from_numpy(images).split(BATCH)
+    batches = torch.split(torch.from_numpy(images), BATCH)
     return torch.cat([predict_step(model, batch) for batch in batches]).numpy()
 
 
-def judge(probabilities: Probabilities, labels: Pixels, names: tuple[str, ...]) -> dict[str, object]:
+def judge(probabilities: Probabilities, labels: Pixels, names: tuple[str, ...]) -> dict[str, Any]:
     """All that the probabilities (N, n_classes) say against the labels (N,): the fields of an Evaluation."""
     predicted = probabilities.argmax(axis=1)
     every_class = list(range(len(names)))

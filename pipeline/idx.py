@@ -21,8 +21,8 @@ def parse_idx(data: bytes, ndim: int, name: str) -> Pixels:
     magic = bytes([0, 0, _UINT8, ndim])
     if data[:4] != magic:
         raise DataError(
-            f"{name}: its first bytes are 0x{data[:4].hex()}, not the IDX magic 0x{magic.hex()} of a {ndim}-dimensional "
-            "uint8 array; point source at the original IDX files"
+            f"{name}: its first bytes are 0x{data[:4].hex()}, not the IDX magic 0x{magic.hex()} of a "
+            f"{ndim}-dimensional uint8 array; point source at the original IDX files"
         )
     header = 4 + 4 * ndim
     if len(data) < header:
@@ -32,7 +32,9 @@ def parse_idx(data: bytes, ndim: int, name: str) -> Pixels:
     if found < expected:
         raise DataError(f"{name}: truncated, {found} bytes where its header promises {expected}; fetch it again")
     if found > expected:
-        raise DataError(f"{name}: {found - expected} bytes more than the {expected} its header promises; fetch it again")
+        raise DataError(
+            f"{name}: {found - expected} bytes more than the {expected} its header promises; fetch it again"
+        )
     return np.frombuffer(data, dtype=np.uint8, offset=header).reshape(shape)
 
 

@@ -30,9 +30,7 @@ def steps_per_epoch(rows: int, global_batch_size: int) -> int:
     return -(-rows // global_batch_size)
 
 
-def rank_batches(
-    rows: int, global_batch_size: int, rank: int, world_size: int
-) -> Iterator[tuple[int, int, int]]:
+def rank_batches(rows: int, global_batch_size: int, rank: int, world_size: int) -> Iterator[tuple[int, int, int]]:
     """For each global batch of an epoch of `rows` rows: start and stop, in the epoch's order, of this rank's slice
     (maybe empty), and the size of the whole batch."""
     for first in range(0, rows, global_batch_size):

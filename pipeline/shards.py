@@ -91,7 +91,9 @@ def find_manifest(store: Store, folder: str) -> Manifest | None:
         content = json.loads(store.read(key))
         found = content.get("format_version")
         if isinstance(found, int) and found > FORMAT_VERSION:
-            raise DataError(f"{where}: format {found}, this release reads up to {FORMAT_VERSION}; upgrade lenet-pipeline")
+            raise DataError(
+                f"{where}: format {found}, this release reads up to {FORMAT_VERSION}; upgrade lenet-pipeline"
+            )
         manifest = Manifest.model_validate(content)
     except (ValueError, AttributeError, ValidationError) as error:
         raise DataError(f"{where}: not a manifest ({str(error).splitlines()[0]}); {_rebuild(store, folder)}") from None
@@ -112,7 +114,7 @@ def write_shards(
         return manifest
     first_image = splits["train"][0][0]
     manifest = Manifest(
-        format_version=FORMAT_VERSION,
+        format_version=1,
         dataset=dataset.name,
         folder=folder,
         image_shape=first_image.shape,
@@ -187,9 +189,7 @@ def _schema(image_bytes: int) -> pa.Schema:
     return pa.schema([("row_id", pa.uint32()), ("image", pa.binary(image_bytes)), ("label", pa.uint8())])
 
 
-def _write_split(
-    store: Store, folder: str, split: str, images: Pixels, labels: Pixels, n_shards: int
-) -> list[Shard]:
+def _write_split(store: Store, folder: str, split: str, images: Pixels, labels: Pixels, n_shards: int) -> list[Shard]:
     written = []
     for index in range(n_shards):
         rows = slice(*share(len(images), index, n_shards))
@@ -217,7 +217,7 @@ def encode_shard(images: Pixels, labels: Pixels, first_row: int) -> bytes:
     pq.write_table(
         table, sink, compression="zstd", use_dictionary=False, write_statistics=False, row_group_size=ROW_GROUP_ROWS
     )
-    return sink.getvalue().to_pybytes()
+    return bytes(sink.getvalue())
 
 
 def decode_shard(data: bytes, image_shape: tuple[int, int]) -> tuple[Pixels, Pixels]:

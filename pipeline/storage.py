@@ -141,7 +141,9 @@ class Store:
         try:
             yield
         except FileNotFoundError as error:
-            raise StorageError(f"{where}: not found ({_short(error)}); check the bucket, the key and storage") from error
+            raise StorageError(
+                f"{where}: not found ({_short(error)}); check the bucket, the key and storage"
+            ) from error
         except (PermissionError, botocore.exceptions.NoCredentialsError) as error:
             raise StorageError(f"{where}: access denied ({_short(error)}); check {self._access_remedy}") from error
         except (OSError, botocore.exceptions.BotoCoreError) as error:
@@ -242,7 +244,9 @@ def open_store(url: str) -> Store:
         raise ConfigError("storage", f"{parts.scheme}://…@{hidden}", "credentials do not belong in a URL", "use AWS_*")
     if parts.scheme in ("", "file"):
         if parts.netloc:
-            raise ConfigError("storage", url, "a file URL has three slashes", f"write file:///{parts.netloc}{parts.path}")
+            raise ConfigError(
+                "storage", url, "a file URL has three slashes", f"write file:///{parts.netloc}{parts.path}"
+            )
         root = Path(parts.path if parts.scheme else url).expanduser().absolute()
         return LocalStore(root.as_uri(), LocalFileSystem(auto_mkdir=True), str(root))
     if parts.scheme == "s3" and parts.netloc:

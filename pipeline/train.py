@@ -1,6 +1,7 @@
 """Data-parallel training with Ray Train, from a dataset in the store to a candidate model in the store."""
 
 import contextlib
+import contextvars
 import logging
 import signal
 import tempfile
@@ -149,7 +150,7 @@ def _run_workers(
             storage_filesystem=store.arrow,
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=CHECKPOINTS_KEPT),
             failure_config=ray.train.FailureConfig(max_failures=MAX_FAILURES),
-            callbacks=[_WriteProgress(store, run_id)],
+            callbacks=[_WriteProgress(store, run_id)],  # type: ignore[list-item]
         ),
     )
     interrupt = signal.getsignal(signal.SIGINT)
@@ -167,9 +168,7 @@ def _run_workers(
     if checkpoint is None:
         return {}, []
     with tempfile.TemporaryDirectory() as folder:
-        pyarrow.fs.copy_files(
-            checkpoint.path, folder, source_filesystem=checkpoint.filesystem, use_threads=False
-        )
+        pyarrow.fs.copy_files(checkpoint.path, folder, source_filesystem=checkpoint.filesystem, use_threads=False)
         return read_state(Path(folder) / FILE_NAME)
 
 
@@ -206,7 +205,9 @@ def _progress(store: Store, run_id: str, on_epoch: OnEpoch) -> Iterator[None]:
             with contextlib.suppress(StorageError):  # the next look may succeed, and training reports its own
                 catch_up()
 
-    thread = threading.Thread(target=follow, name="progress", daemon=True)
+    # on_epoch runs in the caller's context, where Prefect keeps the current task.
+    context = contextvars.copy_context()
+    thread = threading.Thread(target=context.run, args=(follow,), name="progress", daemon=True)
     thread.start()
     try:
         yield

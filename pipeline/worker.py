@@ -49,7 +49,7 @@ def train_worker(config: dict[str, Any]) -> None:
     device = ray.train.torch.get_device()
 
     model = job.recipe.build_model(len(job.manifest.classes), job.seed)
-    model = model.to(device, memory_format=torch.channels_last)  # 1.7 times as fast as NCHW on CPUs
+    model = model.to(device).to(memory_format=torch.channels_last)  # 1.7 times as fast as NCHW on CPUs
     optimizer = job.recipe.build_optimizer(model.parameters(), job.recipe.lr)
     history = _restore(model, optimizer)
     parallel = ray.train.torch.prepare_model(

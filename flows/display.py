@@ -1,0 +1,84 @@
+"""What a person sees in the terminal: the steps as they finish, and the curves as they grow."""
+
+import logging
+from types import TracebackType
+from typing import Self
+
+import plotext
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from pipeline.checkpoint import EpochMetrics, History
+
+LOGGERS = ("pipeline", "flows")
+CHART_SIZE = (76, 16)  # columns and rows
+TABLE_EPOCHS = 12
+
+
+class Display(logging.Handler):
+    """Shows the pipeline's log records; those with an `epoch` update the chart instead.
+
+    Without a terminal there is no chart, and every record is a line.
+    """
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(logging.INFO)
+        self.console = console
+        self.history: History = []
+        self.live = Live(console=console, transient=True, auto_refresh=False)
+
+    def __enter__(self) -> Self:
+        for name in LOGGERS:
+            logging.getLogger(name).addHandler(self)
+            logging.getLogger(name).propagate = False
+        if self.console.is_terminal:
+            self.live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.live.stop()
+        if self.history and self.console.is_terminal:
+            self.console.print(draw(self.history, self.history[-1].epoch))
+        for name in LOGGERS:
+            logging.getLogger(name).removeHandler(self)
+            logging.getLogger(name).propagate = True
+
+    def emit(self, record: logging.LogRecord) -> None:
+        epoch = getattr(record, "epoch", None)
+        if isinstance(epoch, EpochMetrics) and self.console.is_terminal:
+            self.history.append(epoch)
+            self.live.update(draw(self.history, record.__dict__["epochs"]), refresh=True)
+        else:
+            step = record.name.rpartition(".")[2]
+            self.console.print(Text.assemble((f"{step:>10}  ", "cyan"), record.getMessage()))
+
+
+def draw(history: History, epochs: int) -> Group:
+    """The three curves by epoch, and the last epochs in numbers."""
+    x = [epoch.epoch for epoch in history]
+    plotext.clear_figure()
+    plotext.theme("clear")
+    plotext.plotsize(*CHART_SIZE)
+    plotext.xlim(1, max(epochs, 2))
+    plotext.ylim(0, max(1.0, *(epoch.train_loss for epoch in history)))
+    plotext.xlabel("epoch")
+    for name, curve, colour in (
+        ("train loss", [epoch.train_loss for epoch in history], "blue"),
+        ("train accuracy", [epoch.train_accuracy for epoch in history], "magenta"),
+        ("test accuracy", [epoch.test_accuracy for epoch in history], "green"),
+    ):
+        plotext.plot(x, curve, label=name, color=colour, marker="braille")
+    table = Table("epoch", "train loss", "train accuracy", "test accuracy", "images/s", box=None)
+    for epoch in history[-TABLE_EPOCHS:]:
+        table.add_row(
+            f"{epoch.epoch}/{epochs}",
+            f"{epoch.train_loss:.4f}",
+            f"{epoch.train_accuracy:.4f}",
+            f"{epoch.test_accuracy:.4f}",
+            f"{epoch.images_per_second:,.0f}",
+        )
+    return Group(Text.from_ansi(plotext.build()), table)

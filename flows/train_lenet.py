@@ -1,0 +1,113 @@
+"""The flow `train-lenet`: one task for each step, each task one call into `pipeline.run`."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from prefect import flow, task
+from prefect.artifacts import (
+    create_link_artifact,
+    create_markdown_artifact,
+    create_progress_artifact,
+    update_progress_artifact,
+)
+from prefect.client.schemas.objects import State, TaskRun
+from prefect.runtime import flow_run
+from prefect.tasks import Task
+
+from flows.parameters import with_run_parameters
+from pipeline import run
+from pipeline.checkpoint import EpochMetrics
+from pipeline.errors import ConfigError, DataError, TrainingError
+from pipeline.evaluate import Evaluation
+from pipeline.publish import Published
+from pipeline.run import RunConfig
+from pipeline.shards import Manifest
+from pipeline.train import Training
+
+log = logging.getLogger(__name__)
+
+
+def _may_pass(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:
+    """A wrong parameter or file stays wrong and Ray Train has retried training; anything else is tried again."""
+    error = state.result(raise_on_failure=False)
+    return not isinstance(error, ConfigError | DataError | TrainingError)
+
+
+def _outcome(step: str) -> Callable[..., str | None]:
+    """A cache key that exists once the step's outcome is in the store, and goes when the outcome goes."""
+    return lambda context, parameters: run.outcome(step, parameters["config"])
+
+
+# Every step can be repeated. Results are kept as JSON: what is read back is data, never code.
+STEP: dict[str, Any] = {
+    "retries": 2,
+    "retry_delay_seconds": [10, 60],
+    "retry_condition_fn": _may_pass,
+    "persist_result": True,
+    "result_serializer": "json",
+}
+HOUR = 3600
+
+
+@task(**STEP, timeout_seconds=HOUR, cache_key_fn=_outcome("download"))
+def download(config: RunConfig) -> Path | None:
+    """Bring the verified source files here, if the store does not hold the dataset yet."""
+    return run.download(config)
+
+
+@task(**STEP, timeout_seconds=HOUR)  # never cached: it proves every byte of the shards before a run trains on them
+def shard(config: RunConfig, source: Path | None) -> Manifest:
+    """Write the Parquet shards, if need be, and verify them."""
+    return run.shard(config, source)
+
+
+@task(**STEP, cache_key_fn=_outcome("train"))
+def train(config: RunConfig, manifest: Manifest) -> Training:
+    """Train on Ray, going on from the run's last checkpoint, and follow the epochs."""
+    epochs = config.resolved().epochs
+    artifact: Any = create_progress_artifact(progress=0, key="training-progress", description=config.run_id)
+
+    def on_epoch(epoch: EpochMetrics) -> None:
+        log.info("epoch %d of %d: %s", epoch.epoch, epochs, epoch, extra={"epoch": epoch, "epochs": epochs})
+        update_progress_artifact(artifact, progress=100 * epoch.epoch / epochs)
+
+    return run.train(config, manifest, on_epoch)
+
+
+@task(**STEP, timeout_seconds=HOUR, cache_key_fn=_outcome("evaluate"))
+def evaluate(config: RunConfig, manifest: Manifest, training: Training) -> Evaluation:
+    """Judge the candidate in the store on the test shards."""
+    return run.evaluate(config, manifest, training)
+
+
+@task(**STEP, timeout_seconds=HOUR)
+def publish(config: RunConfig, manifest: Manifest, training: Training, evaluation: Evaluation) -> Published:
+    """Publish model and report, and show both in Prefect."""
+    published = run.publish(config, manifest, training, evaluation)
+    create_markdown_artifact(run.summary(config, training, evaluation), key="training-report")
+    create_link_artifact(published.report, key="report-page", link_text=f"Report of {config.run_id}")
+    return published
+
+
+def _run_id(parameters: dict[str, Any]) -> str:
+    """The run id asked for, or one that stays the same when Prefect retries the flow run."""
+    if asked := parameters["run_id"]:
+        return str(asked)
+    started = flow_run.scheduled_start_time
+    return f"{parameters['dataset']}-{parameters['recipe']}-{started:%Y%m%d-%H%M%S}-{flow_run.id[:8]}"
+
+
+@flow(name="train-lenet")
+@with_run_parameters
+def train_lenet(**parameters: Any) -> Published:
+    """Download a dataset, shard it to Parquet, train LeNet on Ray, evaluate it and publish model and report."""
+    for name in ("pipeline", "flows"):
+        logging.getLogger(name).setLevel(logging.INFO)
+    config = run.begin(run.config_of(parameters), _run_id(parameters))
+    source = download(config)
+    manifest = shard(config, source)
+    training = train(config, manifest)
+    evaluation = evaluate(config, manifest, training)
+    return publish(config, manifest, training, evaluation)

@@ -1,0 +1,235 @@
+"""One run: its configuration, its record, and the five steps from a source to a published model.
+
+Each step is safe to repeat: it finds what an earlier attempt finished and goes on from there.
+"""
+
+import importlib.metadata
+import logging
+import platform
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+import pipeline.download
+import pipeline.evaluate
+import pipeline.publish
+import pipeline.train
+from pipeline.catalog import CATALOG
+from pipeline.cluster import ClusterConfig, check_local
+from pipeline.download import SourceConfig, check_source, read_verified
+from pipeline.errors import ConfigError
+from pipeline.evaluate import Evaluation
+from pipeline.publish import Published
+from pipeline.shards import (
+    Manifest,
+    ShardConfig,
+    dataset_folder,
+    find_manifest,
+    require_manifest,
+    verify_shards,
+    write_shards,
+)
+from pipeline.storage import StorageConfig, Store, open_store, sha256
+from pipeline.train import OnEpoch, TrainConfig, Training, staging
+
+log = logging.getLogger(__name__)
+
+# A run that goes on may do so on other workers, from another source; whatever decides its result has to stay.
+MAY_CHANGE = {"storage", "source", *ClusterConfig.model_fields}
+RECORDED_PACKAGES = ("lenet-pipeline", "torch", "torchvision", "ray", "pyarrow", "prefect", "s3fs", "numpy")
+
+
+class RunConfig(StorageConfig, ClusterConfig, TrainConfig, ShardConfig, SourceConfig):
+    """All parameters of a run: the flow's, the command line's and the record's."""
+
+    run_id: str | None = Field(
+        None,
+        description="Name of the run. Give an earlier one to go on where it stopped; made up if not given.",
+        pattern=r"^[a-z0-9][a-z0-9._-]{0,127}$",
+    )
+
+
+class RunRecord(BaseModel):
+    """What a run was begun with, kept in the store: parameters and the versions of all that computes."""
+
+    model_config = ConfigDict(frozen=True)
+
+    parameters: dict[str, Any]
+    versions: dict[str, str]
+
+
+def config_of(parameters: Mapping[str, Any]) -> RunConfig:
+    """The checked configuration. Raises ConfigError for the first parameter that breaks a rule."""
+    try:
+        return RunConfig.model_validate(dict(parameters))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        name = str(first["loc"][0])
+        rule = first["msg"].removeprefix("Value error, ").replace("Input should", "it should")
+        rule, _, remedy = rule.partition("; ")
+        raise ConfigError(name, first["input"], rule, remedy or _bounds(name)) from None
+
+
+def begin(config: RunConfig, run_id: str) -> RunConfig:
+    """Check all that can be checked before any work, record the run, and return its configuration with the run id.
+
+    Raises ConfigError for parameters that cannot work here or differ from those the run was begun with, StorageError
+    for a store out of reach.
+    """
+    config = config.model_copy(update={"run_id": run_id})
+    store = open_store(config.storage)
+    check_source(config)
+    check_local(config)
+    store.check_writable()
+    key = f"{staging(run_id)}/run.json"
+    record = RunRecord(parameters=config.model_dump(mode="json"), versions=_versions())
+    if not store.create(key, record.model_dump_json(indent=2).encode()):
+        _require_same(read_record(store, run_id).parameters, record.parameters)
+    return config
+
+
+def read_record(store: Store, run_id: str) -> RunRecord:
+    """What the run was begun with."""
+    return RunRecord.model_validate_json(store.read(f"{staging(run_id)}/run.json"))
+
+
+def download(config: RunConfig) -> Path | None:
+    """The folder with the verified source files; None when the store holds the dataset, so that none are needed."""
+    store = open_store(config.storage)
+    if manifest := find_manifest(store, _dataset_folder(config)):
+        log.info("%s version %s is in the store already", config.dataset, manifest.version)
+        return None
+    return pipeline.download.fetch(config)
+
+
+def shard(config: RunConfig, source: Path | None) -> Manifest:
+    """The dataset's manifest, its shards written if need be and every byte of them verified."""
+    store = open_store(config.storage)
+    if source is None:
+        manifest = require_manifest(store, _dataset_folder(config))
+    else:
+        dataset = CATALOG[config.dataset]
+        manifest = write_shards(store, dataset, read_verified(dataset, source), config)
+    verify_shards(store, manifest)
+    log.info(
+        "%s version %s: %s training and %s test images in %s shards, verified",
+        manifest.dataset,
+        manifest.version,
+        f"{manifest.rows('train'):,}",
+        f"{manifest.rows('test'):,}",
+        sum(len(shards) for shards in manifest.splits.values()),
+    )
+    return manifest
+
+
+def train(config: RunConfig, manifest: Manifest, on_epoch: OnEpoch) -> Training:
+    """Train the candidate; `on_epoch` hears of every epoch."""
+    return pipeline.train.fit(open_store(config.storage), _run_id(config), manifest, config, config, on_epoch)
+
+
+def evaluate(config: RunConfig, manifest: Manifest, training: Training) -> Evaluation:
+    """Judge the candidate as it lies in the store."""
+    return pipeline.evaluate.evaluate(open_store(config.storage), _run_id(config), manifest, training)
+
+
+def publish(config: RunConfig, manifest: Manifest, training: Training, evaluation: Evaluation) -> Published:
+    """Publish model and report under runs/<run id>/ and let `latest` point there."""
+    store = open_store(config.storage)
+    record = read_record(store, _run_id(config))
+    return pipeline.publish.publish(
+        store, _run_id(config), record.parameters, record.versions, manifest, training, evaluation
+    )
+
+
+def outcome(step: str, config: RunConfig) -> str | None:
+    """A name for what the finished step left in the store; None while it has not finished."""
+    store = open_store(config.storage)
+    found: BaseModel | None
+    match step:
+        case "download":
+            found = find_manifest(store, _dataset_folder(config))
+        case "train":
+            found = pipeline.train.find_training(store, _run_id(config))
+        case "evaluate":
+            found = pipeline.evaluate.find_evaluation(store, _run_id(config))
+        case _:
+            raise AssertionError(f"step {step} leaves no receipt")
+    return None if found is None else f"{step}-{sha256(f'{store.url} {found.model_dump_json()}'.encode())}"
+
+
+def summary(config: RunConfig, training: Training, evaluation: Evaluation) -> str:
+    """The run in a few lines of Markdown."""
+    last = training.history[-1]
+    accuracy, low, high = (f"{100 * x:.2f} %" for x in _accuracy(evaluation))
+    return f"""\
+# {config.run_id}
+
+| | |
+| --- | --- |
+| Test accuracy | **{accuracy}** (95% interval {low} to {high}) |
+| Train accuracy, last epoch | {100 * last.train_accuracy:.2f} % |
+| Train loss, last epoch | {last.train_loss:.4f} |
+| Dataset | {config.dataset}, version {evaluation.dataset_digest[:12]} |
+| Recipe | {config.recipe}, {len(training.history)} epochs |
+| Workers | {training.world_size} on {training.device} |
+| Training time | {training.wall_seconds:.0f} s |
+"""
+
+
+def _accuracy(evaluation: Evaluation) -> tuple[float, float, float]:
+    return evaluation.accuracy, evaluation.accuracy_low, evaluation.accuracy_high
+
+
+def _dataset_folder(config: RunConfig) -> str:
+    return dataset_folder(CATALOG[config.dataset], config)
+
+
+def _run_id(config: RunConfig) -> str:
+    assert config.run_id is not None, "begin() gives every run its id"
+    return config.run_id
+
+
+def _bounds(name: str) -> str:
+    """What would be accepted, read from the field's schema."""
+    schema = RunConfig.model_json_schema()["properties"].get(name)
+    if schema is None:
+        return f"use one of {', '.join(RunConfig.model_fields)}"
+    for option in [schema, *schema.get("anyOf", [])]:
+        low, above, high = option.get("minimum"), option.get("exclusiveMinimum"), option.get("maximum")
+        if high is not None:
+            return f"use a number from {low} to {high}" if low is not None else f"use one above {above}, up to {high}"
+        if low is not None:
+            return f"use a number from {low}"
+        if "enum" in option:
+            return f"use one of {', '.join(map(str, option['enum']))}"
+        if "pattern" in option:
+            return "use small letters, digits, dots, dashes and underscores"
+    return "see lenet train --help"
+
+
+def _require_same(begun: dict[str, Any], now: dict[str, Any]) -> None:
+    for name, value in now.items():
+        if name not in MAY_CHANGE and begun.get(name) != value:
+            raise ConfigError(
+                name,
+                value,
+                f"run {now['run_id']} was begun with {begun.get(name)!r}",
+                "keep that, or use another run_id",
+            )
+
+
+def _versions() -> dict[str, str]:
+    packages = {name: importlib.metadata.version(name) for name in RECORDED_PACKAGES}
+    return {"code": _commit(), "python": platform.python_version(), **packages}
+
+
+def _commit() -> str:
+    """The commit this code runs from, with -dirty if it was changed since; unknown outside a git checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
