@@ -1,19 +1,29 @@
 """The command line: `lenet train` with the flow's own parameters, `lenet layers` for the model."""
 
+import importlib.metadata
 import os
 import sys
-from typing import Any
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
 
-from cyclopts import App
+from cyclopts import App, CycloptsError, Parameter
+from cyclopts.validators import Number
 from rich.console import Console
 from rich.table import Table
 
 from flows.parameters import with_run_parameters
 from lenet.model import LeNet, layer_table
 from pipeline.errors import PipelineError
-from pipeline.run import config_of
+from pipeline.run import check, config_of
 
-app = App(name="lenet", help="Train LeNet on Ray, from dataset to published report.", version_flags=["--version"])
+app = App(
+    name="lenet",
+    version=importlib.metadata.version("lenet-pipeline"),
+    help="Train LeNet on Ray, from dataset to published report.",
+    suppress_keyboard_interrupt=False,
+    print_error=False,
+    exit_on_error=False,
+)
 
 # Prefect's ephemeral server, for people without a server of their own. Read when prefect is imported.
 QUIET_PREFECT = {
@@ -21,14 +31,32 @@ QUIET_PREFECT = {
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
     "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",  # the terminal is ours; the server keeps all logs
     "PREFECT_LOGGING_EXTRA_LOGGERS": "pipeline,flows",
+    **dict.fromkeys(
+        (
+            f"PREFECT_SERVER_SERVICES_{service}_ENABLED"
+            for service in (
+                # Nothing is scheduled on a server that lives as long as one command: 15 s to start, not 18.
+                "SCHEDULER",
+                "LATE_RUNS",
+                "PAUSE_EXPIRATIONS",
+                "CANCELLATION_CLEANUP",
+                "FOREMAN",
+                "REPOSSESSOR",
+                "TRIGGERS",
+                "EVENT_LOGGER",
+                "CLEANUP_RECONCILER",
+            )
+        ),
+        "false",
+    ),
 }
 
 
 @app.command
-@with_run_parameters
+@with_run_parameters(lambda field, text: Annotated[field.annotation, Parameter(help=text)])
 def train(**parameters: Any) -> None:
     """Run the whole pipeline: download, shard, train, evaluate, publish."""
-    config_of(parameters)
+    check(config_of(parameters))  # the flow does so too, but only once Prefect is up
     for name, value in QUIET_PREFECT.items():
         os.environ.setdefault(name, value)
     from flows.display import Display  # after the settings above: both import prefect
@@ -42,12 +70,14 @@ def train(**parameters: Any) -> None:
 
 
 @app.command
-def layers(*, image_size: int = 28, classes: int = 10) -> None:
+def layers(
+    *, image_size: Literal[28, 32] = 28, classes: Annotated[int, Parameter(validator=Number(gte=2, lte=1000))] = 10
+) -> None:
     """Print LeNet's layers with their output shapes and parameter counts.
 
     Args:
-        image_size: Height and width of the images: 28 or 32.
-        classes: Number of classes.
+        image_size: Height and width of the images.
+        classes: Number of classes, 2 to 1000.
     """
     Console().print(layer_rows(image_size, classes))
 
@@ -63,10 +93,13 @@ def layer_rows(image_size: int, classes: int) -> Table:
     return table
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: one line on stderr and exit code 1 or 2 for what the user can mend, 130 for Ctrl-C."""
     try:
-        app()
+        app(sys.argv[1:] if arguments is None else arguments)
+    except CycloptsError as error:
+        print(f"lenet: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
     except PipelineError as error:
         print(f"lenet: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

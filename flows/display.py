@@ -54,7 +54,7 @@ class Display(logging.Handler):
             self.live.update(draw(self.history, record.__dict__["epochs"]), refresh=True)
         else:
             step = record.name.rpartition(".")[2]
-            self.console.print(Text.assemble((f"{step:>10}  ", "cyan"), record.getMessage()))
+            self.console.print(Text.assemble((f"{step:>10}  ", "cyan"), record.getMessage()), soft_wrap=True)
 
 
 def draw(history: History, epochs: int) -> Group:

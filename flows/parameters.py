@@ -3,25 +3,32 @@ the same names, defaults, bounds and help, written once."""
 
 import inspect
 from collections.abc import Callable
-from typing import Annotated, Any, TypeVar
+from typing import Any, TypeVar
 
-from cyclopts import Parameter
+from pydantic.fields import FieldInfo
 
-from pipeline.run import RunConfig
+from pipeline.run import RunConfig, allowed
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def with_run_parameters(function: Function) -> Function:
-    """Give a function of **parameters the fields of RunConfig as keyword-only parameters, documented one by one."""
-    parameters, help_lines = [], []
-    for name, field in RunConfig.model_fields.items():
-        annotation = Annotated[field.annotation, field, Parameter(help=field.description)]  # type: ignore[name-defined]
-        parameters.append(
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=annotation)
-        )
-        help_lines.append(f"    {name}: {field.description}")
-    function.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    # Prefect takes the form's help texts from the docstring.
-    function.__doc__ = "\n".join([inspect.cleandoc(function.__doc__ or ""), "", "Args:", *help_lines])
-    return function
+def with_run_parameters(annotate: Callable[[FieldInfo, str], Any]) -> Callable[[Function], Function]:
+    """Give a function of **parameters the fields of RunConfig as keyword-only parameters.
+
+    `annotate` makes each one's annotation from the field and its help text.
+    """
+
+    def decorate(function: Function) -> Function:
+        parameters, lines = [], [inspect.cleandoc(function.__doc__ or ""), "", "Args:"]
+        for name, field in RunConfig.model_fields.items():
+            text = f"{field.description} Takes {allowed(name)}." if allowed(name) else str(field.description)
+            annotation = annotate(field, text)
+            parameters.append(
+                inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=annotation)
+            )
+            lines.append(f"    {name}: {text}")
+        function.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        function.__doc__ = "\n".join(lines)  # where Prefect finds the help texts of its form
+        return function
+
+    return decorate

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from prefect import flow, task
 from prefect.artifacts import (
@@ -100,7 +100,7 @@ def _run_id(parameters: dict[str, Any]) -> str:
 
 
 @flow(name="train-lenet")
-@with_run_parameters
+@with_run_parameters(lambda field, text: Annotated[field.annotation, field])
 def train_lenet(**parameters: Any) -> Published:
     """Download a dataset, shard it to Parquet, train LeNet on Ray, evaluate it and publish model and report."""
     for name in ("pipeline", "flows"):

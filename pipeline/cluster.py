@@ -41,7 +41,8 @@ def placeable(nodes: Iterable[Mapping[str, float]], cpus: float, gpus: float) ->
     """How many workers of `cpus` and `gpus` each fit on nodes with those resources: a worker never spans nodes."""
     fitting = 0
     for node in nodes:
-        counts = [int(node.get("CPU", 0) / cpus)] + ([int(node.get("GPU", 0) / gpus)] if gpus else [])
+        # 7 / 0.07 is 99.99999999999999.
+        counts = [int(node.get("CPU", 0) / cpus + 1e-9)] + ([int(node.get("GPU", 0) / gpus)] if gpus else [])
         fitting += min(counts)
     return fitting
 
@@ -53,12 +54,6 @@ def local_resources() -> dict[str, float]:
 
 def decide_gpu(config: ClusterConfig, nodes: list[Mapping[str, float]]) -> bool:
     """Whether each worker gets a GPU. Raises ConfigError when the workers, or their GPUs, do not fit on `nodes`."""
-    with_gpu = placeable(nodes, config.cpus_per_worker, 1)
-    if config.gpu == "yes" and with_gpu < config.workers:
-        count = int(sum(node.get("GPU", 0) for node in nodes))
-        raise ConfigError(
-            "gpu", "yes", f"{config.workers} workers need a GPU each and Ray has {count}", "use gpu=no or fewer workers"
-        )
     room = placeable(nodes, config.cpus_per_worker, 0)
     if room < config.workers:
         cpus = int(sum(node.get("CPU", 0) for node in nodes))
@@ -67,6 +62,12 @@ def decide_gpu(config: ClusterConfig, nodes: list[Mapping[str, float]]) -> bool:
             config.workers,
             f"Ray has room for {room} on {cpus} CPUs with cpus_per_worker={config.cpus_per_worker:g}",
             "ask for fewer, or lower cpus_per_worker",
+        )
+    with_gpu = placeable(nodes, config.cpus_per_worker, 1)
+    if config.gpu == "yes" and with_gpu < config.workers:
+        count = int(sum(node.get("GPU", 0) for node in nodes))
+        raise ConfigError(
+            "gpu", "yes", f"{config.workers} workers need a GPU each and Ray has {count}", "use gpu=no or fewer workers"
         )
     return config.gpu != "no" and with_gpu >= config.workers
 

@@ -86,7 +86,12 @@ def fetch(config: SourceConfig) -> Path:
         else:
             log.info("%s: verified in %s", dataset.name, folder)
             return folder
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(
+            f"cache {folder.parent} cannot be made ({error.strerror}); point XDG_CACHE_HOME at a folder of yours"
+        ) from None
     failures = []
     for name, bring in _sources(config.source, dataset):
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{dataset.name}-") as temporary:
@@ -98,6 +103,7 @@ def fetch(config: SourceConfig) -> Path:
                 failures.append(f"{name}: {_reason(error)}")
                 log.info("%s not had from %s", dataset.name, failures[-1])
                 continue
+            folder.mkdir(exist_ok=True)
             for file in dataset.files:
                 (unpacked / file.name).replace(folder / file.name)
         log.info("%s: fetched from %s and verified", dataset.name, name)

@@ -1,5 +1,6 @@
 """Reading IDX, the format MNIST and its followers are published in (described at the end of LeCun's MNIST page)."""
 
+import math
 import struct
 from pathlib import Path
 
@@ -28,14 +29,17 @@ def parse_idx(data: bytes, ndim: int, name: str) -> Pixels:
     if len(data) < header:
         raise DataError(f"{name}: truncated inside its header ({len(data)} of {header} bytes); fetch it again")
     shape = struct.unpack(f">{ndim}I", data[4:header])
-    expected, found = header + int(np.prod(shape, dtype=np.int64)), len(data)
+    expected, found = header + math.prod(shape), len(data)
     if found < expected:
         raise DataError(f"{name}: truncated, {found} bytes where its header promises {expected}; fetch it again")
     if found > expected:
         raise DataError(
             f"{name}: {found - expected} bytes more than the {expected} its header promises; fetch it again"
         )
-    return np.frombuffer(data, dtype=np.uint8, offset=header).reshape(shape)
+    try:
+        return np.frombuffer(data, dtype=np.uint8, offset=header).reshape(shape)
+    except ValueError:  # a size of 0 beside sizes that numpy cannot count
+        raise DataError(f"{name}: its header claims the impossible shape {shape}; fetch it again") from None
 
 
 def read_pair(images_file: Path, labels_file: Path, n_classes: int) -> tuple[Pixels, Pixels]:

@@ -70,20 +70,48 @@ def config_of(parameters: Mapping[str, Any]) -> RunConfig:
         name = str(first["loc"][0])
         rule = first["msg"].removeprefix("Value error, ").replace("Input should", "it should")
         rule, _, remedy = rule.partition("; ")
-        raise ConfigError(name, first["input"], rule, remedy or _bounds(name)) from None
+        if not remedy:
+            remedy = f"use {allowed(name)}" if allowed(name) else "see lenet train --help"
+        raise ConfigError(name, first["input"], rule, remedy) from None
+
+
+def allowed(name: str) -> str:
+    """What a parameter accepts, in words read from its schema; empty when any text will do."""
+    schema = RunConfig.model_json_schema()["properties"].get(name)
+    if schema is None:
+        return f"one of {', '.join(RunConfig.model_fields)}"
+    for option in [schema, *schema.get("anyOf", [])]:
+        low, above, high = option.get("minimum"), option.get("exclusiveMinimum"), option.get("maximum")
+        if high is not None:
+            return f"a number from {low} to {high}" if low is not None else f"a number above {above}, up to {high}"
+        if low is not None:
+            return f"a number from {low}"
+        if "enum" in option:
+            return f"one of {', '.join(map(str, option['enum']))}"
+        if "pattern" in option:
+            return "small letters, digits, dots, dashes and underscores"
+    return ""
+
+
+def check(config: RunConfig) -> Store:
+    """Check all that can be checked before any work; the store, ready for use.
+
+    Raises ConfigError for parameters that cannot work on this machine, StorageError for a store out of reach.
+    """
+    check_source(config)
+    check_local(config)
+    store = open_store(config.storage)
+    store.check_writable()
+    return store
 
 
 def begin(config: RunConfig, run_id: str) -> RunConfig:
-    """Check all that can be checked before any work, record the run, and return its configuration with the run id.
+    """Check and record the run; its configuration with the run id.
 
-    Raises ConfigError for parameters that cannot work here or differ from those the run was begun with, StorageError
-    for a store out of reach.
+    Raises what `check` raises, and ConfigError for parameters other than those the run was begun with.
     """
+    store = check(config)
     config = config.model_copy(update={"run_id": run_id})
-    store = open_store(config.storage)
-    check_source(config)
-    check_local(config)
-    store.check_writable()
     key = f"{staging(run_id)}/run.json"
     record = RunRecord(parameters=config.model_dump(mode="json"), versions=_versions())
     if not store.create(key, record.model_dump_json(indent=2).encode()):
@@ -190,24 +218,6 @@ def _dataset_folder(config: RunConfig) -> str:
 def _run_id(config: RunConfig) -> str:
     assert config.run_id is not None, "begin() gives every run its id"
     return config.run_id
-
-
-def _bounds(name: str) -> str:
-    """What would be accepted, read from the field's schema."""
-    schema = RunConfig.model_json_schema()["properties"].get(name)
-    if schema is None:
-        return f"use one of {', '.join(RunConfig.model_fields)}"
-    for option in [schema, *schema.get("anyOf", [])]:
-        low, above, high = option.get("minimum"), option.get("exclusiveMinimum"), option.get("maximum")
-        if high is not None:
-            return f"use a number from {low} to {high}" if low is not None else f"use one above {above}, up to {high}"
-        if low is not None:
-            return f"use a number from {low}"
-        if "enum" in option:
-            return f"use one of {', '.join(map(str, option['enum']))}"
-        if "pattern" in option:
-            return "use small letters, digits, dots, dashes and underscores"
-    return "see lenet train --help"
 
 
 def _require_same(begun: dict[str, Any], now: dict[str, Any]) -> None:

@@ -143,8 +143,10 @@ def require_manifest(store: Store, folder: str) -> Manifest:
 
 def verify_shards(store: Store, manifest: Manifest) -> None:
     """Read every shard once and compare its size and sha256. Raises DataError naming the first that differs."""
-    for split in SPLITS:
-        read_rows(store, manifest, split)
+    every = [shard for split in SPLITS for shard in manifest.splits[split]]
+    with ThreadPoolExecutor(READ_THREADS) as pool:
+        for done in [pool.submit(_read_shard, store, manifest, shard) for shard in every]:
+            done.result()
 
 
 def read_rows(
@@ -177,7 +179,7 @@ def overlapping(shards: tuple[Shard, ...], start: int, stop: int) -> list[tuple[
     """The shards that hold any of the rows start..stop of their split, each with the row it begins at."""
     found, first_row = [], 0
     for shard in shards:
-        if first_row < stop and start < first_row + shard.rows:
+        if max(start, first_row) < min(stop, first_row + shard.rows):
             found.append((first_row, shard))
         first_row += shard.rows
     return found
@@ -224,8 +226,8 @@ def decode_shard(data: bytes, image_shape: tuple[int, int]) -> tuple[Pixels, Pix
     """Images and labels of a Parquet file written by `encode_shard`. Raises DataError for another schema."""
     try:
         table = pq.read_table(pa.BufferReader(data)).combine_chunks()
-    except pa.ArrowInvalid as error:
-        raise DataError(f"not a Parquet file ({error})") from None
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"not a Parquet file ({str(error).splitlines()[0]})") from None
     schema = _schema(image_shape[0] * image_shape[1])
     if table.schema.remove_metadata() != schema:
         raise DataError(f"its columns are {_columns(table.schema)}, not {_columns(schema)}")

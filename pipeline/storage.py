@@ -8,11 +8,12 @@ are the conditional writes that publishing rests on.
 import contextlib
 import hashlib
 import os
+import re
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 import botocore.exceptions
 import fsspec
@@ -72,7 +73,11 @@ class Store:
 
     def exists(self, key: str) -> bool:
         with self._explained(key):
-            return bool(self.fs.isfile(self.path(key)))
+            # Not fs.isfile: it takes any error for "no", a server that is down or a wrong secret too.
+            try:
+                return bool(self.fs.info(self.path(key))["type"] == "file")
+            except (FileNotFoundError, NotADirectoryError):
+                return False
 
     def read(self, key: str) -> bytes:
         """The whole object. Raises StorageError when there is none."""
@@ -82,8 +87,9 @@ class Store:
     def keys(self, prefix: str) -> list[str]:
         """All keys under the folder `prefix`, sorted; none when it does not exist."""
         with self._explained(prefix):
-            found = self.fs.find(self.path(prefix))
-        return sorted(path.removeprefix(self.root + "/") for path in found)
+            found = self.fs.find(self.path(prefix), detail=True)
+        # SeaweedFS lists a folder that has been emptied.
+        return sorted(path.removeprefix(self.root + "/") for path, info in found.items() if info["type"] == "file")
 
     def delete(self, prefix: str) -> None:
         """Remove the object or folder, if it is there."""
@@ -111,13 +117,16 @@ class Store:
         return self.read(key) == data
 
     def replace(self, key: str, data: bytes, expected: bytes | None) -> bool:
-        """Write `data` only if the object still holds `expected` (None: does not exist). False if it does not."""
+        """Write `data` only if the object still holds `expected` (None: does not exist). False if it does not.
+
+        As with `create`, True also when it holds `data` already. So let what two writers write differ.
+        """
         if expected is None:
             return self.create(key, data)
         with self._explained(key):
             if self._replace(key, data, expected):
                 return True
-        return self.read(key) == data
+        return self.exists(key) and self.read(key) == data
 
     def check_writable(self) -> None:
         """Write, read and delete a small object, so that a store out of reach is found before any work starts."""
@@ -155,6 +164,10 @@ class Store:
 
 class LocalStore(Store):
     """A folder. Writes go to a temporary file beside the target, are synced, and then take its name."""
+
+    def keys(self, prefix: str) -> list[str]:
+        # A killed writer leaves its temporary file or its lock behind: neither is an object.
+        return [key for key in super().keys(prefix) if not re.search(r"(^|/)\.[^/]+\.(tmp|lock)$", key)]
 
     def _put(self, key: str, data: bytes) -> None:
         with self._written(key, data) as (temporary, target):
@@ -210,8 +223,11 @@ class S3Store(Store):
 
     def _replace(self, key: str, data: bytes, expected: bytes) -> bool:
         # The ETag is asked for first: if the object changes between this and the PUT, the PUT is refused.
-        info = self.fs.info(self.path(key))
-        if self.fs.cat_file(self.path(key)) != expected:
+        try:
+            info = self.fs.info(self.path(key))
+            if self.fs.cat_file(self.path(key)) != expected:
+                return False
+        except FileNotFoundError:
             return False
         return self._put_if(key, data, IfMatch=info["ETag"])
 
@@ -239,15 +255,16 @@ def open_store(url: str) -> Store:
     AWS_ENDPOINT_URL, …) or the AWS profile, never from the URL. Raises ConfigError for any other URL.
     """
     parts = urlsplit(url)
-    if "@" in parts.netloc:
-        hidden = parts.netloc.rpartition("@")[2]
+    # A secret may hold a "/", "?" or "#", so the "@" after it need not be in what urlsplit takes for the host.
+    if "@" in parts.netloc or (":" in parts.netloc and "@" in url):
+        hidden = url.rpartition("@")[2]
         raise ConfigError("storage", f"{parts.scheme}://…@{hidden}", "credentials do not belong in a URL", "use AWS_*")
     if parts.scheme in ("", "file"):
         if parts.netloc:
             raise ConfigError(
                 "storage", url, "a file URL has three slashes", f"write file:///{parts.netloc}{parts.path}"
             )
-        root = Path(parts.path if parts.scheme else url).expanduser().absolute()
+        root = Path(unquote(parts.path) if parts.scheme else url).expanduser().absolute()
         return LocalStore(root.as_uri(), LocalFileSystem(auto_mkdir=True), str(root))
     if parts.scheme == "s3" and parts.netloc:
         root_path = (parts.netloc + parts.path).rstrip("/")

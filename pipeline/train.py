@@ -181,6 +181,8 @@ class _WriteProgress(ray.train.UserCallback):
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
         epoch = EpochMetrics.model_validate(metrics[0])
+        if checkpoint is None:
+            return  # the epoch went wrong and will be named as an error
         self.store.put(f"{_progress_folder(self.run_id)}/{epoch.epoch:05d}.json", epoch.model_dump_json().encode())
 
 
@@ -198,7 +200,11 @@ def _progress(store: Store, run_id: str, on_epoch: OnEpoch) -> Iterator[None]:
         for key in store.keys(_progress_folder(run_id)):
             if key not in seen and key.endswith(".json"):
                 seen.add(key)
-                on_epoch(EpochMetrics.model_validate_json(store.read(key)))
+                epoch = EpochMetrics.model_validate_json(store.read(key))
+                try:
+                    on_epoch(epoch)
+                except Exception:  # whoever looks on does not stop the training
+                    log.warning("epoch %d could not be shown", epoch.epoch, exc_info=True)
 
     def follow() -> None:
         while not ended.wait(PROGRESS_POLL_S):

@@ -1,0 +1,239 @@
+"""What tests share: the real Fashion-MNIST, a real S3 server (SeaweedFS), stores of both kinds, a clean environment."""
+
+import contextlib
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import botocore.config
+import botocore.exceptions
+import botocore.session
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+
+from pipeline.catalog import FASHION_MNIST
+from pipeline.download import SourceConfig, fetch, read_verified
+from pipeline.idx import Pixels
+from pipeline.shards import Manifest, ShardConfig, write_shards
+from pipeline.storage import Store, open_store
+
+# Time limits on single examples fail on busy machines and prove nothing.
+settings.register_profile("lenet", deadline=None)
+settings.load_profile("lenet")
+
+Splits = dict[str, tuple[Pixels, Pixels]]
+
+START_DEADLINE_S = 30
+SMALL = {"train": 600, "test": 200}
+SMALL_SHARDS = 4
+
+
+class S3Server:
+    """SeaweedFS with one bucket on ports of its own. It keeps its data and ports from stop() to start()."""
+
+    bucket = "lenet-tests"
+    access_key = "test-access-key"
+    secret_key = "test-secret-key"  # noqa: S105 - known to this server on loopback only
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._process: subprocess.Popen[bytes] | None = None
+        self._choose_ports()
+
+    @property
+    def endpoint(self) -> str:
+        return f"http://127.0.0.1:{self._ports['s3.port']}"
+
+    @property
+    def env(self) -> dict[str, str]:
+        """What a client needs in its environment."""
+        return {
+            "AWS_ENDPOINT_URL": self.endpoint,
+            "AWS_ACCESS_KEY_ID": self.access_key,
+            "AWS_SECRET_ACCESS_KEY": self.secret_key,
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }
+
+    def start(self) -> None:
+        """Return once an object can be written. Call it on the main thread: the server dies with its thread."""
+        for _ in range(3):
+            if self._started():
+                return
+            self._choose_ports()  # another process took one of them
+        raise RuntimeError(f"SeaweedFS did not start:\n{(self.folder / 'log').read_text()[-2000:]}")
+
+    def stop(self) -> None:
+        """Like a power cut: at once, whatever is under way."""
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+            self._process = None
+        for port in self._ports.values():  # the sockets it keeps there, whatever TMPDIR says
+            for left in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):  # noqa: S108
+                left.unlink()
+
+    def _choose_ports(self) -> None:
+        names = ("master", "filer", "volume", "s3", "admin")
+        ports = free_ports(2 * len(names))
+        self._ports = dict(zip([f"{name}.port{kind}" for name in names for kind in ("", ".grpc")], ports, strict=True))
+
+    def _started(self) -> bool:
+        die_with_parent = ["setpriv", "--pdeathsig", "KILL"] if shutil.which("setpriv") else []
+        weed = str(Path(sys.executable).with_name("weed"))
+        # Nothing but S3: no telemetry, WebDAV, Iceberg or Lance, and no bucket that comes into being by a PUT.
+        options = ["-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-master.telemetry=false", "-admin.ui=false", "-webdav=false"]
+        options += ["-s3.port.iceberg=0", "-s3.port.lance=0", "-s3.autoCreateBucket=false"]
+        options += [f"-{name}={port}" for name, port in self._ports.items()]
+        with (self.folder / "log").open("wb") as log:
+            self._process = subprocess.Popen(
+                [*die_with_parent, weed, "mini", f"-dir={self.folder}", *options],
+                cwd=self.folder,
+                env={
+                    "PATH": os.environ["PATH"],
+                    "HOME": str(self.folder),
+                    "TMPDIR": str(self.folder),
+                    "AWS_ACCESS_KEY_ID": self.access_key,
+                    "AWS_SECRET_ACCESS_KEY": self.secret_key,
+                    "S3_BUCKET": self.bucket,
+                },
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        deadline = time.monotonic() + START_DEADLINE_S
+        while time.monotonic() < deadline and self._process.poll() is None:
+            if self._takes_an_object():
+                return True
+            time.sleep(0.05)
+        self.stop()
+        return False
+
+    def _takes_an_object(self) -> bool:
+        client = botocore.session.Session().create_client(
+            "s3",
+            endpoint_url=self.endpoint,
+            region_name="us-east-1",
+            aws_access_key_id=self.access_key,
+            aws_secret_access_key=self.secret_key,
+            config=botocore.config.Config(connect_timeout=2, read_timeout=5, retries={"max_attempts": 0}),
+        )
+        try:
+            client.put_object(Bucket=self.bucket, Key="ready", Body=b"ready")
+        except (botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError):
+            return False
+        finally:
+            client.close()
+        return True
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports nobody listens on, outside the ranges that the system and Ray hand out by themselves."""
+    found: list[int] = []
+    while len(found) < count:
+        port = random.randrange(20_000, 32_000)  # noqa: S311
+        with socket.socket() as probe:
+            if port not in found and probe.connect_ex(("127.0.0.1", port)) != 0:
+                found.append(port)
+    return found
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_torch_thread() -> None:
+    """Small tensors gain nothing from a second thread, and on a busy machine two of them wait for each other."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No credentials, cluster or server of the developer's own reaches a test."""
+    for name in list(os.environ):
+        if name.startswith("AWS_") or name in ("RAY_ADDRESS", "PREFECT_API_URL"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+
+
+@pytest.fixture(scope="session")
+def fashion_mnist() -> Path:
+    """Folder of the real, verified IDX files; on a bare machine they are fetched first."""
+    return fetch(SourceConfig())
+
+
+@pytest.fixture(scope="session")
+def full_splits(fashion_mnist: Path) -> Splits:
+    """Images uint8 (N, 28, 28) and labels uint8 (N,) of all 60,000 and 10,000 real images."""
+    return read_verified(FASHION_MNIST, fashion_mnist)
+
+
+@pytest.fixture(scope="session")
+def small_splits(full_splits: Splits) -> Splits:
+    """The first 600 train and 200 test images, and their labels."""
+    return {
+        split: (np.array(images[: SMALL[split]]), np.array(labels[: SMALL[split]]))
+        for split, (images, labels) in full_splits.items()
+    }
+
+
+@pytest.fixture(scope="session")
+def small_manifest(small_splits: Splits) -> Callable[[Store], Manifest]:
+    """Function that writes the small splits to a store, four shards each, and gives their manifest."""
+    return lambda store: write_shards(store, FASHION_MNIST, small_splits, ShardConfig(shards=SMALL_SHARDS))
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """The S3 server that tests share; nobody stops it."""
+    server = S3Server(tmp_path_factory.mktemp("s3"))
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def own_s3_server(tmp_path: Path) -> Iterator[S3Server]:
+    """A server for one test, which may stop it and start it again."""
+    folder = tmp_path / "s3"
+    folder.mkdir()
+    server = S3Server(folder)
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def s3_env(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """The shared server's address and credentials, set in the environment."""
+    for name, value in s3_server.env.items():
+        monkeypatch.setenv(name, value)
+    return s3_server.env
+
+
+@pytest.fixture
+def s3_store(s3_server: S3Server, s3_env: dict[str, str]) -> Store:
+    """An empty prefix of the bucket."""
+    return open_store(f"s3://{s3_server.bucket}/{uuid.uuid4().hex}")
+
+
+@pytest.fixture
+def local_store(tmp_path: Path) -> Store:
+    """An empty folder."""
+    return open_store(str(tmp_path / "store"))
+
+
+@pytest.fixture(params=["local", "s3"])
+def store(request: pytest.FixtureRequest) -> Store:
+    """An empty store of either kind: for tests of what holds for both."""
+    found: Store = request.getfixturevalue(f"{request.param}_store")
+    return found

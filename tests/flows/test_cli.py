@@ -1,0 +1,63 @@
+"""Proves that a mistake on the command line costs one line and an exit code, and that help and layers are right."""
+
+from pathlib import Path
+
+import pytest
+
+from flows.cli import main
+
+
+def lenet(*arguments: str) -> int:
+    """Run the command line in this process; its exit code."""
+    try:
+        main(arguments)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message", "exit_code"),
+    [
+        ("--dataset cifar", "dataset='cifar': no such dataset; use one of fashion-mnist", 2),
+        ("--epochs 0", "epochs=0: it should be greater than or equal to 1; use a number from 1 to 10000", 2),
+        ("--epochs ten", 'Invalid value for --epochs: unable to convert "ten" into int.', 2),
+        ("--epoch 3", "Unknown option: --epoch. Did you mean --epochs?", 2),
+        ("--global-batch-size 0", "global_batch_size=0: it should be greater than or equal to 1;", 2),
+        ("--workers 0", "workers=0: it should be greater than or equal to 1;", 2),
+        ("--workers 1000", "workers=1000: Ray has room for ", 2),
+        ("--workers 1 --gpu yes", "gpu='yes': 1 workers need a GPU each and Ray has 0; use gpu=no or fewer workers", 2),
+        ("--source /nowhere", "source='/nowhere': no such folder; use auto, a folder with IDX files, or a URL", 2),
+        ("--storage ftp://x/y", "storage='ftp://x/y': the store is a folder, file:///path or s3://bucket/prefix;", 2),
+        ("--storage s3://key:secret@bucket", "storage='s3://…@bucket': credentials do not belong in a URL;", 2),
+        ("--storage /dev/null/store", "/dev/null/store/.probe-", 1),
+    ],
+)
+def test_a_mistake_gives_one_line_and_an_exit_code(
+    capsys: pytest.CaptureFixture[str], arguments: str, message: str, exit_code: int
+) -> None:
+    assert lenet("train", *arguments.split()) == exit_code
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert captured.err.startswith(f"lenet: {message}")
+
+
+def test_help_shows_every_parameter_with_its_bounds(capsys: pytest.CaptureFixture[str]) -> None:
+    assert lenet("train", "--help") == 0
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "--epochs Passes over the training set. Takes a number from 1 to 10000." in text
+    assert "--storage" in text
+    assert "[default: ./store]" in text
+
+
+def test_layers_prints_the_table_with_its_total(capsys: pytest.CaptureFixture[str]) -> None:
+    assert lenet("layers") == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["│", "conv1", "│", "Conv2d", "│", "6x28x28", "│", "156", "│"] in lines
+    assert ["│", "total", "│", "│", "│", "61,706", "│"] in lines
+
+
+def test_a_mistake_leaves_no_store_behind(tmp_path: Path) -> None:
+    assert lenet("train", "--workers", "1000", "--storage", str(tmp_path / "store")) == 2
+    assert not (tmp_path / "store").exists()

@@ -1,0 +1,189 @@
+"""Proves that a reader sees all of a run or nothing, wherever the publisher dies and however many there are."""
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+
+import pytest
+import s3fs
+import safetensors.torch
+
+from lenet.recipe import RECIPES
+from pipeline.checkpoint import EpochMetrics
+from pipeline.errors import DataError
+from pipeline.evaluate import Evaluation, evaluate
+from pipeline.publish import Published, find_run, publish, read_latest, run_folder, verify_run
+from pipeline.shards import Manifest
+from pipeline.storage import Store, sha256
+from pipeline.train import Training, staging
+
+FINISHED = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+ARTIFACTS = {"model.safetensors", "report.json", "report.html"}
+
+
+@dataclass(frozen=True)
+class Receipts:
+    """What the steps before publishing left for a run."""
+
+    run_id: str
+    manifest: Manifest
+    training: Training
+    evaluation: Evaluation
+
+    def publish(self, store: Store) -> Published:
+        parameters, versions = {"lr": 0.9, "seed": 0}, {"code": "abc", "torch": "2"}
+        return publish(store, self.run_id, parameters, versions, self.manifest, self.training, self.evaluation)
+
+
+Trained = Callable[..., Receipts]
+
+
+@pytest.fixture
+def trained(small_manifest: Callable[[Store], Manifest]) -> Trained:
+    """Function that leaves the receipts of a run with untrained weights in a store."""
+
+    def make(store: Store, run_id: str, finished: datetime = FINISHED, seed: int = 0) -> Receipts:
+        manifest = small_manifest(store)
+        candidate = safetensors.torch.save(RECIPES["seed"].build_model(10, seed).state_dict())
+        key = f"{staging(run_id)}/candidate.safetensors"
+        store.put(key, candidate)
+        epoch = EpochMetrics(epoch=1, train_loss=2.3, train_accuracy=0.1, test_loss=2.3, test_accuracy=0.1,
+                             seconds=1.0, images_per_second=600.0)  # fmt: skip
+        training = Training(history=[epoch], candidate=key, candidate_sha256=sha256(candidate), parameters=61_706,
+                            world_size=2, device="cpu", wall_seconds=1.0, finished=finished)  # fmt: skip
+        return Receipts(run_id, manifest, training, evaluate(store, run_id, manifest, training))
+
+    return make
+
+
+class Crash(Exception):
+    """The publisher's process ends here."""
+
+
+def crash_at(store: Store, monkeypatch: pytest.MonkeyPatch, write: int, *, after: bool) -> list[str]:
+    """Let the store die just before or just after its write number `write`; returns the keys written."""
+    written: list[str] = []
+
+    def dying(method: str) -> None:
+        real = getattr(store, method)
+
+        def wrapped(key: str, *args: object, **options: object) -> object:
+            if len(written) == write and not after:
+                raise Crash
+            outcome = real(key, *args, **options)
+            written.append(key)
+            if len(written) == write + 1 and after:
+                raise Crash
+            return outcome
+
+        monkeypatch.setattr(store, method, wrapped)
+
+    for method in ("put", "create"):
+        dying(method)
+    return written
+
+
+def test_a_published_run_can_be_read_back_with_s3fs_alone(s3_store: Store, trained: Trained) -> None:
+    receipts = trained(s3_store, "r")
+    published = receipts.publish(s3_store)
+    plain = s3fs.S3FileSystem(endpoint_url=os.environ["AWS_ENDPOINT_URL"], skip_instance_cache=True)
+    folder = f"{s3_store.root}/{run_folder('r')}"
+    assert {path.rpartition("/")[2] for path in plain.find(folder)} == ARTIFACTS | {"manifest.json"}
+    manifest = find_run(s3_store, "r")
+    assert manifest is not None
+    for name, artifact in manifest.artifacts.items():
+        data = plain.cat_file(f"{folder}/{name}")
+        assert (len(data), sha256(data)) == (artifact.bytes, artifact.sha256)
+    assert sha256(plain.cat_file(f"{folder}/model.safetensors")) == receipts.training.candidate_sha256
+    assert published.report == f"{s3_store.url}/runs/r/report.html"
+
+
+def test_latest_points_to_the_manifest_by_hash(store: Store, trained: Trained) -> None:
+    receipts = trained(store, "r")
+    assert read_latest(store) is None
+    receipts.publish(store)
+    latest = read_latest(store)
+    assert latest is not None
+    assert (latest.run_id, latest.accuracy) == ("r", receipts.evaluation.accuracy)
+    assert sha256(store.read(latest.manifest)) == latest.manifest_sha256
+
+
+def test_publishing_again_changes_no_byte(store: Store, trained: Trained) -> None:
+    receipts = trained(store, "r")
+    first = receipts.publish(store)
+    before = {key: store.read(key) for key in store.keys("runs")}
+    assert receipts.publish(store) == first
+    assert {key: store.read(key) for key in store.keys("runs")} == before
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("write", range(5))
+def test_a_crash_at_any_write_shows_the_old_state_or_the_new(
+    local_store: Store, trained: Trained, monkeypatch: pytest.MonkeyPatch, write: int, after: bool
+) -> None:
+    trained(local_store, "old").publish(local_store)
+    receipts = trained(local_store, "new", FINISHED + timedelta(hours=1))
+    with monkeypatch.context() as patch:
+        written = crash_at(local_store, patch, write, after=after)
+        with pytest.raises(Crash):
+            receipts.publish(local_store)
+        assert len(written) == write + after
+    latest = read_latest(local_store)
+    assert latest is not None
+    verify_run(local_store, latest.run_id)
+    manifest_written = f"{run_folder('new')}/manifest.json" in written
+    assert (find_run(local_store, "new") is not None) == manifest_written
+    assert latest.run_id == "old" or manifest_written
+    if manifest_written:
+        verify_run(local_store, "new")
+    receipts.publish(local_store)
+    verify_run(local_store, "new")
+    latest = read_latest(local_store)
+    assert latest is not None
+    assert latest.run_id == "new"
+
+
+def test_ten_publishers_of_ten_runs_lose_none_and_latest_is_the_last_finished(store: Store, trained: Trained) -> None:
+    runs = [trained(store, f"r{hour}", FINISHED + timedelta(hours=hour), seed=hour) for hour in range(10)]
+    with ThreadPoolExecutor(10) as pool:
+        list(pool.map(lambda receipts: receipts.publish(store), runs))
+    for receipts in runs:
+        verify_run(store, receipts.run_id)
+    latest = read_latest(store)
+    assert latest is not None
+    assert latest.run_id == "r9"
+
+
+def test_ten_publishers_of_one_run_publish_it_once(store: Store, trained: Trained) -> None:
+    receipts = trained(store, "r")
+    with ThreadPoolExecutor(10) as pool:
+        outcomes = list(pool.map(lambda _: receipts.publish(store), range(10)))
+    assert all(outcome == outcomes[0] for outcome in outcomes)
+    verify_run(store, "r")
+    assert {key.rpartition("/")[2] for key in store.keys("runs/r")} == ARTIFACTS | {"manifest.json"}
+
+
+@pytest.mark.parametrize("name", sorted(ARTIFACTS))
+def test_a_flipped_byte_in_any_artifact_is_found(local_store: Store, trained: Trained, name: str) -> None:
+    trained(local_store, "r").publish(local_store)
+    key = f"{run_folder('r')}/{name}"
+    data = bytearray(local_store.read(key))
+    data[len(data) // 2] ^= 1
+    local_store.put(key, bytes(data))
+    with pytest.raises(DataError, match=f"{name}: its sha256 is not the manifest's"):
+        verify_run(local_store, "r")
+
+
+def test_an_evaluation_of_another_model_is_refused(local_store: Store, trained: Trained) -> None:
+    one, other = trained(local_store, "one", seed=1), trained(local_store, "other", seed=2)
+    with pytest.raises(DataError, match="of another model or dataset"):
+        replace(one, evaluation=other.evaluation).publish(local_store)
+    assert find_run(local_store, "one") is None
+
+
+def test_no_secret_reaches_what_is_published(s3_store: Store, trained: Trained, s3_env: dict[str, str]) -> None:
+    trained(s3_store, "r").publish(s3_store)
+    for key in s3_store.keys(""):
+        assert s3_env["AWS_SECRET_ACCESS_KEY"].encode() not in s3_store.read(key), key

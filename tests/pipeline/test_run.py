@@ -1,0 +1,98 @@
+"""Proves that a run's parameters are checked before any work, and that a run is continued only as it was begun."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline import run
+from pipeline.errors import ConfigError, DataError
+from pipeline.run import RunConfig, config_of
+from pipeline.storage import open_store
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"dataset": "cifar"}, "dataset='cifar': no such dataset; use one of fashion-mnist"),
+        ({"recipe": "x"}, "recipe='x': no such recipe; use one of seed"),
+        ({"epochs": 0}, "epochs=0: it should be greater than or equal to 1; use a number from 1 to 10000"),
+        ({"epochs": 10_001}, "epochs=10001: it should be less than or equal to 10000; use a number from 1 to 10000"),
+        ({"global_batch_size": 0}, "global_batch_size=0: it should be greater than or equal to 1; "
+                                   "use a number from 1 to 1000000"),
+        ({"lr": 0}, "lr=0: it should be greater than 0; use a number above 0, up to 100"),
+        ({"workers": 0}, "workers=0: it should be greater than or equal to 1; use a number from 1 to 10000"),
+        ({"shards": 5000}, "shards=5000: it should be less than or equal to 1024; use a number from 1 to 1024"),
+        ({"gpu": "maybe"}, "gpu='maybe': it should be 'auto', 'yes' or 'no'; use one of auto, yes, no"),
+    ],
+)  # fmt: skip
+def test_a_bad_parameter_gives_one_line(parameters: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        config_of(parameters)
+    assert str(caught.value) == message
+
+
+def test_an_unknown_parameter_and_a_bad_run_id_are_refused() -> None:
+    with pytest.raises(ConfigError, match="^epoch=3: .*; use one of dataset, source, "):
+        config_of({"epoch": 3})
+    with pytest.raises(ConfigError, match=r"^run_id='\.\./x': .*small letters"):
+        config_of({"run_id": "../x"})
+
+
+def test_what_is_not_given_is_the_recipes_own() -> None:
+    recipe = config_of({"lr": 0.1}).resolved()
+    assert (recipe.epochs, recipe.global_batch_size, recipe.lr) == (10, 256, 0.1)
+
+
+def test_every_parameter_has_a_help_text() -> None:
+    assert all(field.description for field in RunConfig.model_fields.values())
+
+
+@pytest.mark.parametrize(
+    ("parameters", "field"),
+    [({"workers": 1000}, "workers"), ({"gpu": "yes", "workers": 1}, "gpu"), ({"source": "/nowhere"}, "source")],
+)
+def test_what_this_machine_cannot_do_is_said_before_any_work(
+    tmp_path: Path, parameters: dict[str, Any], field: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        run.begin(config_of({"storage": str(tmp_path / "store"), **parameters}), "r")
+    assert caught.value.args[0] == field
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_run_goes_on_with_other_workers_but_not_with_another_seed(tmp_path: Path) -> None:
+    begun = run.begin(config_of({"storage": str(tmp_path), "seed": 1, "workers": 2}), "r")
+    assert begun.run_id == "r"
+    run.begin(config_of({"storage": str(tmp_path), "seed": 1, "workers": 1}), "r")
+    with pytest.raises(ConfigError, match="^seed=2: run r was begun with 1; keep that, or use another run_id$"):
+        run.begin(config_of({"storage": str(tmp_path), "seed": 2}), "r")
+
+
+def test_the_record_names_the_code_and_the_packages(tmp_path: Path) -> None:
+    run.begin(config_of({"storage": str(tmp_path)}), "r")
+    record = run.read_record(open_store(str(tmp_path)), "r")
+    assert {"code", "python", "torch", "ray", "prefect"} <= record.versions.keys()
+    assert record.parameters["run_id"] == "r"
+
+
+def test_a_dataset_in_the_store_is_neither_fetched_nor_written_again(tmp_path: Path, fashion_mnist: Path) -> None:
+    config = run.begin(config_of({"storage": str(tmp_path), "source": str(fashion_mnist)}), "r")
+    assert run.outcome("download", config) is None
+    first = run.shard(config, run.download(config))
+    times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.parquet")}
+    assert run.outcome("download", config) is not None
+    assert run.download(config) is None
+    assert run.shard(config, None) == first
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.parquet")} == times
+
+
+def test_a_flipped_byte_in_a_shard_stops_the_run_before_training(tmp_path: Path) -> None:
+    config = run.begin(config_of({"storage": str(tmp_path)}), "r")
+    run.shard(config, run.download(config))
+    shard = next(tmp_path.rglob("train-00003-of-00008.parquet"))
+    data = bytearray(shard.read_bytes())
+    data[1000] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(DataError, match="train-00003-of-00008.parquet: shard is altered"):
+        run.shard(config, run.download(config))

@@ -1,0 +1,338 @@
+"""Proves that folders and buckets keep the same promises: whole objects, conditional writes, one-line errors."""
+
+import json
+import os
+import pickle
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline import storage
+from pipeline.errors import ConfigError, StorageError
+from pipeline.storage import Store, open_store
+
+if TYPE_CHECKING:
+    from tests.conftest import S3Server
+
+OUTAGE_S = 3
+THREADS = 10
+
+OPERATIONS: dict[str, Callable[[Store], object]] = {
+    "read": lambda store: store.read("k"),
+    "put": lambda store: store.put("k", b"x"),
+    "create": lambda store: store.create("k", b"x"),
+    "replace": lambda store: store.replace("k", b"x", b"y"),
+    "exists": lambda store: store.exists("k"),
+    "keys": lambda store: store.keys("k"),
+    "delete": lambda store: store.delete("k"),
+    "check_writable": lambda store: store.check_writable(),
+}
+
+
+def refusal(call: Callable[[], object]) -> str:
+    """The message of the StorageError that `call` raises: one line."""
+    with pytest.raises(StorageError) as raised:
+        call()
+    message = str(raised.value)
+    assert "\n" not in message
+    return message
+
+
+def in_threads(count: int, work: Callable[[int], object]) -> list[object]:
+    """Results of `work(0)` to `work(count - 1)`, begun together."""
+    together = threading.Barrier(count)
+
+    def begin(index: int) -> object:
+        together.wait()
+        return work(index)
+
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(begin, range(count)))
+
+
+# What holds for folders and buckets alike.
+
+
+def test_an_object_is_read_back_as_it_was_put(store: Store) -> None:
+    store.put("a/b", b"one")
+    assert store.read("a/b") == b"one"
+    store.put("a/b", b"two")
+    assert store.read("a/b") == b"two"
+
+
+def test_exists_knows_objects_only(store: Store) -> None:
+    store.put("a/b", b"")
+    assert store.exists("a/b")
+    assert not store.exists("a")
+    assert not store.exists("a/b/c")
+    assert not store.exists("other")
+
+
+def test_keys_are_those_under_the_folder_sorted(store: Store) -> None:
+    for key in ("d/z", "d/a", "d/e/f", "dd/x", "other"):
+        store.put(key, b"x")
+    assert store.keys("d") == ["d/a", "d/e/f", "d/z"]
+    assert store.keys("nothing") == []
+
+
+def test_delete_removes_an_object_a_folder_and_minds_nothing_missing(store: Store) -> None:
+    for key in ("a/1", "a/b/2", "c", "ab/3"):
+        store.put(key, b"x")
+    store.delete("a")
+    store.delete("c")
+    store.delete("never-there")
+    assert [store.exists(key) for key in ("a/1", "a/b/2", "c", "ab/3")] == [False, False, False, True]
+
+
+def test_a_missing_object_is_named(store: Store) -> None:
+    message = refusal(lambda: store.read("a/b"))
+    assert message.startswith(f"{store.locate('a/b')}: not found")
+    assert "check" in message
+
+
+def test_the_probe_leaves_nothing_behind(store: Store) -> None:
+    store.check_writable()
+    assert store.keys("") == []
+
+
+def test_create_never_overwrites(store: Store) -> None:
+    assert store.create("a/k", b"mine")
+    assert store.create("a/k", b"mine"), "the same bytes again: a retry after a lost answer"
+    assert not store.create("a/k", b"yours")
+    assert store.read("a/k") == b"mine"
+    assert store.keys("a") == ["a/k"]
+
+
+def test_of_many_creators_exactly_one_wins(store: Store) -> None:
+    won = in_threads(THREADS, lambda index: store.create("k", b"%d" % index))
+    assert won.count(True) == 1
+    assert store.read("k") == b"%d" % won.index(True)
+
+
+def test_replace_writes_only_over_what_was_expected(store: Store) -> None:
+    assert store.replace("a/k", b"one", None)
+    assert not store.replace("a/k", b"two", None)
+    assert not store.replace("a/k", b"two", b"something else")
+    assert store.read("a/k") == b"one"
+    assert store.replace("a/k", b"two", b"one")
+    assert store.replace("a/k", b"two", b"one"), "already there: a retry after a lost answer"
+    assert store.read("a/k") == b"two"
+    assert store.keys("a") == ["a/k"]
+
+
+def test_replace_of_a_missing_object_is_false(store: Store) -> None:
+    assert store.replace("a/k", b"one", b"expected") is False
+    assert not store.exists("a/k")
+
+
+def test_no_update_is_lost_between_many_writers(store: Store) -> None:
+    store.put("counter", json.dumps({"count": 0}).encode())
+
+    def increment(writer: int) -> None:
+        for update in range(3):
+            while True:
+                seen = store.read("counter")
+                # No two updates write the same bytes, which `replace` would take for one of them tried again.
+                after = {"count": json.loads(seen)["count"] + 1, "update": f"{writer}-{update}"}
+                if store.replace("counter", json.dumps(after).encode(), seen):
+                    break
+
+    in_threads(4, increment)
+    assert json.loads(store.read("counter"))["count"] == 12
+
+
+def test_a_store_works_in_another_process(store: Store) -> None:
+    store.put("k", b"written here")
+    copy: Store = pickle.loads(pickle.dumps(store))  # noqa: S301 - as Ray sends it
+    assert copy.read("k") == b"written here"
+    assert open_store(store.url).read("k") == b"written here"
+
+
+def test_arrow_reads_and_writes_parquet_in_the_same_place(store: Store) -> None:
+    table = pa.table({"x": range(1000)})
+    store.put("made/by-store", b"the folder is there")
+    pq.write_table(table, store.path("made/x.parquet"), filesystem=store.arrow)
+    assert pq.read_table(store.path("made/x.parquet"), filesystem=store.arrow).equals(table)
+    assert pq.read_table(pa.BufferReader(store.read("made/x.parquet"))).equals(table)
+
+
+# Folders.
+
+
+@pytest.mark.parametrize("name", ["plain", "with space", "per%20cent", "häuser#1?", "a@b"])
+def test_a_folders_url_opens_the_same_folder(tmp_path: Path, name: str) -> None:
+    by_path = open_store(str(tmp_path / name))
+    by_path.put("k", b"x")
+    assert (tmp_path / name / "k").read_bytes() == b"x"
+    assert open_store(by_path.url).read("k") == b"x"
+
+
+def test_a_key_is_located_where_a_person_finds_it(tmp_path: Path) -> None:
+    assert open_store(str(tmp_path)).locate("a/b") == str(tmp_path / "a/b")
+    assert open_store("s3://bucket/prefix/").locate("a/b") == "s3://bucket/prefix/a/b"
+
+
+@pytest.mark.parametrize("operation", ["put", "create", "replace"])
+def test_a_write_that_fails_at_its_last_step_leaves_nothing(
+    local_store: Store, monkeypatch: pytest.MonkeyPatch, operation: str
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    local_store.put("k", b"y")
+    monkeypatch.setattr(os, "link", fail)
+    monkeypatch.setattr(Path, "replace", fail)
+    target = "k" if operation == "replace" else "new"
+    calls: dict[str, Callable[[], object]] = {
+        "put": lambda: local_store.put(target, b"x"),
+        "create": lambda: local_store.create(target, b"x"),
+        "replace": lambda: local_store.replace(target, b"x", b"y"),
+    }
+    assert "store failed (No space left on device); check the disk" in refusal(calls[operation])
+    assert local_store.keys("") == ["k"]
+    assert local_store.read("k") == b"y"
+
+
+@pytest.mark.parametrize("operation", ["put", "create", "replace"])
+def test_a_process_killed_before_the_last_step_leaves_nothing_visible(local_store: Store, operation: str) -> None:
+    local_store.put("a/k", b"y")
+    calls = {"put": 'put("a/n", b"x")', "create": 'create("a/n", b"x")', "replace": 'replace("a/k", b"x", b"y")'}
+    program = f"""
+import os, sys
+from pathlib import Path
+from pipeline.storage import open_store
+os.link = Path.replace = lambda *_: os._exit(9)
+open_store(sys.argv[1]).{calls[operation]}
+"""
+    assert subprocess.run([sys.executable, "-c", program, local_store.url], check=False).returncode == 9
+    assert local_store.keys("") == ["a/k"]
+    assert local_store.read("a/k") == b"y"
+    assert local_store.replace("a/k", b"z", b"y"), "nor does it hold a lock"
+
+
+@pytest.mark.parametrize("operation", ["read", "put", "create", "check_writable"])
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path, operation: str) -> None:
+    """Below a regular file, since the tests may run as root, who may write anywhere else."""
+    (tmp_path / "file").write_bytes(b"")
+    below = open_store(str(tmp_path / "file" / "store"))
+    message = refusal(lambda: OPERATIONS[operation](below))
+    assert message.startswith(f"{tmp_path}/file/store/")
+    assert message.endswith("; check the disk")
+
+
+# URLs.
+
+
+@pytest.mark.parametrize(
+    ("url", "remedy"),
+    [
+        ("file://relative/path", "write file:///relative/path"),
+        ("s3://", "use one of these"),
+        ("gs://bucket/x", "use one of these"),
+        ("http://host/x", "use one of these"),
+    ],
+)
+def test_other_urls_are_refused_with_a_remedy(url: str, remedy: str) -> None:
+    with pytest.raises(ConfigError, match=f"^storage='{re.escape(url)}': .*; {re.escape(remedy)}$"):
+        open_store(url)
+
+
+@pytest.mark.parametrize("secret", ["hunter2", "hun/ter2", "hun?ter2", "hun#ter2", "hun@ter2"])
+def test_credentials_in_a_url_are_refused_and_not_repeated(secret: str) -> None:
+    with pytest.raises(ConfigError, match="credentials do not belong in a URL; use AWS_") as raised:
+        open_store(f"s3://AKIAXYZ:{secret}@bucket/prefix")
+    assert "AKIAXYZ" not in str(raised.value)
+    assert not re.search("hun|ter2", str(raised.value))
+
+
+# Buckets in trouble.
+
+
+def test_wrong_credentials_are_named_by_every_operation(s3_store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    refused = open_store(s3_store.url)
+    for name, operation in OPERATIONS.items():
+        started = time.monotonic()
+        message = refusal(lambda operation=operation: operation(refused))
+        assert message.startswith(f"{s3_store.url}/"), name
+        assert "access denied" in message
+        assert message.endswith("check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE")
+        assert time.monotonic() - started < 5
+
+
+def test_no_credentials_are_named(s3_store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    assert "check AWS_ACCESS_KEY_ID" in refusal(open_store(s3_store.url).check_writable)
+
+
+@pytest.mark.parametrize("operation", ["read", "put", "create", "check_writable"])
+def test_a_missing_bucket_is_named(s3_env: dict[str, str], operation: str) -> None:
+    missing = open_store("s3://no-such-bucket/prefix")
+    message = refusal(lambda: OPERATIONS[operation](missing))
+    assert message.startswith("s3://no-such-bucket/prefix/")
+    assert "check the bucket" in message
+
+
+def test_a_dead_endpoint_is_named_by_every_operation(s3_env: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without retries: what is said must not depend on how long it was tried."""
+    monkeypatch.setattr(storage, "S3_ATTEMPTS", 0)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    dead = open_store("s3://bucket/prefix")
+    for name, operation in OPERATIONS.items():
+        started = time.monotonic()
+        message = refusal(lambda operation=operation: operation(dead))
+        assert message.startswith("s3://bucket/prefix/"), name
+        assert message.endswith("check AWS_ENDPOINT_URL and that the server is up")
+        assert time.monotonic() - started < 5
+
+
+@pytest.fixture
+def silent_server() -> Iterator[str]:
+    """URL of a server that takes every connection and never answers."""
+    with socket.create_server(("127.0.0.1", 0), backlog=100) as server:
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+def test_a_server_that_never_answers_is_given_up(
+    s3_env: dict[str, str], silent_server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "S3_ATTEMPTS", 0)
+    monkeypatch.setattr(storage, "S3_READ_TIMEOUT_S", 0.1)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", silent_server)
+    started = time.monotonic()
+    message = refusal(lambda: open_store("s3://bucket/prefix").read("k"))
+    assert message.endswith("check AWS_ENDPOINT_URL and that the server is up")
+    assert time.monotonic() - started < 10
+
+
+def test_operations_begun_in_an_outage_of_three_seconds_succeed(
+    own_s3_server: "S3Server", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in own_s3_server.env.items():
+        monkeypatch.setenv(name, value)
+    store = open_store(f"s3://{own_s3_server.bucket}/outage")
+    store.put("before", b"kept")
+    own_s3_server.stop()
+    time.sleep(OUTAGE_S - 1)
+    with ThreadPoolExecutor(2) as pool:
+        reading = pool.submit(store.read, "before")
+        creating = pool.submit(store.create, "during", b"new")
+        time.sleep(1)
+        assert not reading.done()
+        assert not creating.done()
+        own_s3_server.start()
+        assert reading.result() == b"kept"
+        assert creating.result()
+    assert store.keys("") == ["before", "during"]

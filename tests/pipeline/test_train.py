@@ -1,0 +1,227 @@
+"""Proves on a real Ray that the result depends on neither the number of workers nor on workers and drivers dying."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import ray
+import safetensors.torch
+import torch
+from torch.nn import functional as F
+
+from lenet.recipe import RECIPES
+from pipeline.catalog import FASHION_MNIST
+from pipeline.checkpoint import EpochMetrics
+from pipeline.cluster import ClusterConfig
+from pipeline.errors import TrainingError
+from pipeline.idx import Pixels
+from pipeline.order import epoch_order
+from pipeline.shards import Manifest, ShardConfig, write_shards
+from pipeline.storage import Store, open_store
+from pipeline.train import TrainConfig, find_training, fit, staging
+
+Splits = dict[str, tuple[Pixels, Pixels]]
+Weights = dict[str, torch.Tensor]
+
+# After an epoch of 235 steps, workers differ by the order in which float32 gradients were added up. Seen: 3e-6.
+TOLERANCE = 5e-5
+SMALL_RUN = TrainConfig(epochs=12, global_batch_size=64, lr=0.5, seed=3)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _ray() -> Iterator[None]:
+    # Room for 4 workers, however many cores there are: the tests are about exactness, not speed.
+    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
+
+
+def weights(store: Store, run_id: str) -> Weights:
+    return safetensors.torch.load(store.read(f"{staging(run_id)}/candidate.safetensors"))
+
+
+def assert_close(one: Weights, other: Weights) -> None:
+    assert one.keys() == other.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], rtol=0, atol=TOLERANCE, msg=name)
+
+
+def plain_training(images: Pixels, labels: Pixels, config: TrainConfig) -> tuple[Weights, list[float]]:
+    """The same training in the plainest words: one process, mean cross-entropy, w -= lr * gradient."""
+    recipe = config.resolved()
+    model = RECIPES["seed"].build_model(10, config.seed)
+    losses = []
+    for epoch in range(1, recipe.epochs + 1):
+        order = epoch_order(len(labels), config.seed, epoch)
+        total = 0.0
+        for first in range(0, len(order), recipe.global_batch_size):
+            rows = order[first : first + recipe.global_batch_size]
+            x = torch.from_numpy(images[rows]).float().unsqueeze(1) / 255
+            loss = F.cross_entropy(model(x), torch.from_numpy(labels[rows]).long())
+            model.zero_grad()
+            loss.backward()
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    assert parameter.grad is not None
+                    parameter -= recipe.lr * parameter.grad
+            total += loss.item() * len(rows)
+        losses.append(total / len(order))
+    return {name: value.detach() for name, value in model.state_dict().items()}, losses
+
+
+@pytest.fixture(scope="module")
+def small_store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    return open_store(str(tmp_path_factory.mktemp("small")))
+
+
+@pytest.fixture(scope="module")
+def manifest(small_store: Store, small_manifest: Callable[[Store], Manifest]) -> Manifest:
+    return small_manifest(small_store)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(small_store: Store, manifest: Manifest) -> Weights:
+    """What two workers give when nothing happens to them."""
+    fit(small_store, "undisturbed", manifest, SMALL_RUN, ClusterConfig(workers=2, gpu="no"))
+    return weights(small_store, "undisturbed")
+
+
+def test_two_workers_compute_what_a_plain_loop_computes(
+    small_store: Store, manifest: Manifest, undisturbed: Weights, small_splits: Splits
+) -> None:
+    expected, losses = plain_training(*small_splits["train"], SMALL_RUN)
+    assert_close(undisturbed, expected)
+    training = find_training(small_store, "undisturbed")
+    assert training is not None
+    np.testing.assert_allclose([epoch.train_loss for epoch in training.history], losses, rtol=1e-5)
+    assert [epoch.epoch for epoch in training.history] == list(range(1, 13))
+    assert training.parameters == 61_706
+
+
+def test_one_two_and_three_workers_agree_after_an_epoch_of_all_60000_images(
+    tmp_path: Path, full_splits: Splits
+) -> None:
+    store = open_store(str(tmp_path))
+    manifest = write_shards(store, FASHION_MNIST, full_splits, ShardConfig())
+    trainings = {
+        workers: fit(store, f"w{workers}", manifest, TrainConfig(epochs=1), ClusterConfig(workers=workers, gpu="no"))
+        for workers in (1, 2, 3)
+    }
+    one = weights(store, "w1")
+    for workers in (2, 3):
+        assert_close(weights(store, f"w{workers}"), one)
+        assert trainings[workers].history[0].train_loss == pytest.approx(trainings[1].history[0].train_loss, rel=1e-6)
+
+
+def test_more_workers_than_images_in_the_last_batch_agree_too(
+    small_store: Store, manifest: Manifest, small_splits: Splits
+) -> None:
+    # 600 = 4 * 149 + 4 + ... : batches of 299 leave a last one of 2 images for 3 workers, so one worker has none.
+    config = TrainConfig(epochs=2, global_batch_size=299, lr=0.5, seed=1)
+    fit(small_store, "starved", manifest, config, ClusterConfig(workers=3, gpu="no"))
+    assert_close(weights(small_store, "starved"), plain_training(*small_splits["train"], config)[0])
+
+
+def test_the_same_run_again_gives_the_same_bytes(small_store: Store, manifest: Manifest, undisturbed: Weights) -> None:
+    again = fit(small_store, "again", manifest, SMALL_RUN, ClusterConfig(workers=2, gpu="no"))
+    first = find_training(small_store, "undisturbed")
+    assert first is not None
+    assert again.candidate_sha256 == first.candidate_sha256
+
+
+def test_a_finished_training_is_not_repeated(small_store: Store, manifest: Manifest, undisturbed: Weights) -> None:
+    started = time.perf_counter()
+    fit(small_store, "undisturbed", manifest, SMALL_RUN, ClusterConfig(workers=2, gpu="no"))
+    assert time.perf_counter() - started < 1
+
+
+def test_a_worker_killed_in_epoch_2_changes_nothing(
+    small_store: Store, manifest: Manifest, undisturbed: Weights
+) -> None:
+    killed: list[int] = []
+
+    def kill_one(epoch: EpochMetrics) -> None:
+        if epoch.epoch == 1 and not killed:
+            worker = ray_processes("RayTrainWorker")[0]
+            os.kill(worker.pid, signal.SIGKILL)
+            killed.append(worker.pid)
+
+    training = fit(small_store, "worker-killed", manifest, SMALL_RUN, ClusterConfig(workers=2, gpu="no"), kill_one)
+    assert len(killed) == 1
+    assert [epoch.epoch for epoch in training.history] == list(range(1, 13))
+    for name, value in weights(small_store, "worker-killed").items():
+        assert torch.equal(value, undisturbed[name]), name
+
+
+def test_a_driver_killed_in_epoch_2_is_followed_by_one_that_finishes(
+    tmp_path: Path, small_manifest: Callable[[Store], Manifest]
+) -> None:
+    store = open_store(str(tmp_path))
+    manifest = small_manifest(store)
+    script = f"""
+from pipeline.cluster import ClusterConfig
+from pipeline.shards import require_manifest
+from pipeline.storage import open_store
+from pipeline.train import TrainConfig, fit
+store = open_store({str(tmp_path)!r})
+fit(store, "r", require_manifest(store, {manifest.folder!r}), TrainConfig(epochs=2000, global_batch_size=64),
+    ClusterConfig(workers=2, cpus_per_worker=0.5, gpu="no"))
+"""
+    marker = f"LENET_TEST={tmp_path}"
+    driver = subprocess.Popen([sys.executable, "-c", script], env={**os.environ, "LENET_TEST": str(tmp_path)})
+    wait_for(lambda: store.exists(f"{staging('r')}/progress/00001.json"), 120)
+    driver.kill()
+    driver.wait()
+    assert find_training(store, "r") is None
+    wait_for(lambda: not processes_with(marker), 60)  # a local Ray goes with its driver
+
+    done = len(store.keys(f"{staging('r')}/progress"))
+    epochs: list[int] = []
+    config = TrainConfig(epochs=done + 5, global_batch_size=64)
+    training = fit(store, "r", manifest, config, ClusterConfig(workers=2, gpu="no"), lambda e: epochs.append(e.epoch))
+    assert [epoch.epoch for epoch in training.history] == list(range(1, done + 6))
+    assert epochs == list(range(1, done + 6))
+    spared = fit(store, "spared", manifest, config, ClusterConfig(workers=2, gpu="no"))
+    assert spared.candidate_sha256 == training.candidate_sha256
+
+
+def test_a_loss_that_explodes_is_named_and_the_last_good_checkpoint_stays(
+    small_store: Store, manifest: Manifest
+) -> None:
+    config = SMALL_RUN.model_copy(update={"lr": 1e38})
+    with pytest.raises(TrainingError, match=r"undefined in epoch 1 with lr=1e\+38; lower lr"):
+        fit(small_store, "exploded", manifest, config, ClusterConfig(workers=2, gpu="no"))
+    assert find_training(small_store, "exploded") is None
+
+
+def ray_processes(kind: str) -> list[psutil.Process]:
+    """Processes of this test's own Ray whose title says `kind`."""
+    mine = {process.pid for process in psutil.Process().children(recursive=True)}
+    return [p for p in psutil.process_iter(["cmdline"]) if p.pid in mine and kind in " ".join(p.info["cmdline"] or [])]
+
+
+def processes_with(marker: str) -> list[psutil.Process]:
+    """Processes that carry NAME=value in their environment."""
+    name, _, value = marker.partition("=")
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(name) == value and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return found
+
+
+def wait_for(condition: Callable[[], object], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {seconds} s in vain"
+        time.sleep(0.1)
