@@ -1,6 +1,6 @@
 """Publishing a run: model and report first, then the manifest that makes them a run, then the pointer to the latest.
 
-    runs/<run id>/model.safetensors, report.json, report.html    whole objects, each read back and compared
+    runs/<run id>/model.safetensors, report.json, report.html    conditional create, each read back and compared
     runs/<run id>/manifest.json                                  conditional create: from here on the run is published
     runs/latest.json                                             conditional replace: never goes back in time
 
@@ -27,6 +27,7 @@ from pipeline.train import Training
 log = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
+MODEL = "model.safetensors"
 LATEST = "runs/latest.json"
 LATEST_ATTEMPTS = 50
 
@@ -92,23 +93,25 @@ def publish(
 ) -> Published:
     """Publish the run, or find it published; either way `latest` points to it or to a later one.
 
-    Every byte follows from the arguments and the candidate, so that any attempt at the same run writes the same.
-    Raises DataError when the parts do not belong together, StorageError when the store fails.
+    Nothing under runs/<run id>/ is ever overwritten: of several attempts at the same run, whichever was first with an
+    object has written it for all. Raises DataError when the parts do not belong together, StorageError when the store
+    fails.
     """
     if evaluation.candidate_sha256 != training.candidate_sha256 or evaluation.dataset_digest != manifest.digest:
         raise DataError(f"run {run_id}: the evaluation is of another model or dataset; run anew with another run_id")
     folder = run_folder(run_id)
     if find_run(store, run_id) is None:
-        artifacts = _render(store, run_id, parameters, versions, manifest, training, evaluation)
-        for name, data in artifacts.items():
-            store.put(f"{folder}/{name}", data)
+        rendered = _render(store, run_id, parameters, versions, manifest, training, evaluation)
+        kept = {name: _keep(store, f"{folder}/{name}", data) for name, data in rendered.items()}
+        if sha256(kept[MODEL]) != training.candidate_sha256:
+            raise DataError(f"{store.locate(folder)}: holds another model already; run anew with another run_id")
         content = RunManifest(
             format_version=FORMAT_VERSION,
             run_id=run_id,
             finished=training.finished,
             accuracy=evaluation.accuracy,
             dataset_digest=manifest.digest,
-            artifacts={name: Artifact(bytes=len(data), sha256=sha256(data)) for name, data in artifacts.items()},
+            artifacts={name: Artifact(bytes=len(data), sha256=sha256(data)) for name, data in kept.items()},
         )
         store.create(f"{folder}/manifest.json", content.model_dump_json(indent=2).encode())
     verify_run(store, run_id)
@@ -179,10 +182,19 @@ def _render(
     )
     images, _ = read_rows(store, manifest, "test")
     return {
-        "model.safetensors": store.read(training.candidate),
+        MODEL: store.read(training.candidate),
         "report.json": report.model_dump_json(indent=2).encode(),
         "report.html": render_html(report, [images[mistake.row] for mistake in evaluation.mistakes]).encode(),
     }
+
+
+def _keep(store: Store, key: str, data: bytes) -> bytes:
+    """Create the object, or leave the one there is; what the store then holds, read back."""
+    created = store.create(key, data)
+    found = store.read(key)
+    if created and found != data:
+        raise StorageError(f"{store.locate(key)}: read back other bytes than were written; check the disk or server")
+    return found
 
 
 def _point_latest(store: Store, run_id: str) -> None:

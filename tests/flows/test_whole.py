@@ -1,9 +1,10 @@
-"""Proves the whole: by deployment on a real Prefect server, worker, Ray and S3, and by command line, interrupted too."""
+"""Proves the whole: by deployment on a real Prefect server, worker, Ray and S3, and by command line, interrupted."""
 
 import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -82,8 +83,11 @@ def end(process: subprocess.Popen[bytes]) -> None:
 
 
 @pytest.fixture(scope="module")
-def prefect_server(tmp_path_factory: pytest.TempPathFactory, free_port: int) -> Iterator[PrefectServer]:
-    server = PrefectServer(tmp_path_factory.mktemp("prefect"), free_port)
+def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrefectServer]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    server = PrefectServer(tmp_path_factory.mktemp("prefect"), port)
     yield server
     end(server.process)
     server.log.close()

@@ -80,7 +80,7 @@ def crash_at(store: Store, monkeypatch: pytest.MonkeyPatch, write: int, *, after
 
         monkeypatch.setattr(store, method, wrapped)
 
-    for method in ("put", "create"):
+    for method in ("put", "create", "replace"):
         dying(method)
     return written
 

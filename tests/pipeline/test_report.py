@@ -1,0 +1,122 @@
+"""Proves that the report page holds everything, needs nothing from outside, and lets no text become markup."""
+
+import subprocess
+import sys
+from datetime import UTC, datetime
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from lenet.model import LeNet, layer_table
+from pipeline.checkpoint import EpochMetrics
+from pipeline.evaluate import ClassMetrics, Evaluation, Mistake
+from pipeline.report import DatasetFacts, LayerFacts, Report, render_html
+
+HOSTILE = ['<script>alert(1)</script>', '"><img src=x onerror=alert(1)>', "{{ 7 * 7 }}'&"]  # fmt: skip
+PIXELS = [np.arange(784, dtype=np.uint8).reshape(28, 28)]
+
+
+def epoch(number: int) -> EpochMetrics:
+    return EpochMetrics(epoch=number, train_loss=2 / number, train_accuracy=0.3, test_loss=1.5, test_accuracy=0.25,
+                        seconds=2.0, images_per_second=30_000.4)  # fmt: skip
+
+
+def a_report(names: list[str] | None = None, text: str = "r1", homepage: str = "https://example.org/data",
+             epochs: int = 2, mistakes: int = 1) -> Report:  # fmt: skip
+    classes = [ClassMetrics(name=n, precision=0.5, recall=0.25, f1=1 / 3, support=4) for n in names or ["a", "b", "c"]]
+    wrong = Mistake(row=7, label=0, predicted=1, probability=0.997, label_probability=0.001)
+    evaluation = Evaluation(
+        candidate_sha256="c" * 64, dataset_digest="d" * 64, images=12, correct=3, accuracy=0.25, accuracy_low=0.0889,
+        accuracy_high=0.5323, loss=1.5, classes=classes, confusion=[[2, 1, 1], [3, 1, 0], [4, 0, 0]],
+        mistakes=[wrong] * mistakes, seconds=0.1,
+    )  # fmt: skip
+    return Report(
+        format_version=1, run_id=text, finished=datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC),
+        parameters={"lr": 0.9, "epochs": None, text: text},
+        dataset=DatasetFacts(name=text, digest="d" * 64, rows={"train": 60_000, "test": 12}, licence=text,
+                             homepage=homepage),
+        layers=[LayerFacts(**vars(row)) for row in layer_table(LeNet())],
+        history=[epoch(number + 1) for number in range(epochs)],
+        world_size=2, device="cpu", training_seconds=84.4, evaluation=evaluation, versions={"torch": "2", text: text},
+    )  # fmt: skip
+
+
+class Page(HTMLParser):
+    """The tags, attributes and text of a page."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(html)
+        self.text = " ".join(self.text.split())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text += f" {data}"
+
+
+def test_the_page_holds_the_run_in_numbers() -> None:
+    page = Page(render_html(a_report(), PIXELS))
+    for text in [
+        "25.0 % test accuracy, 95% interval 8.9 to 53.2 %",
+        "3 of 12 images",
+        "2 epochs in 84 s",
+        "2026-01-02 03:04:05 UTC",
+        "1 2.0000 0.3000 1.5000 0.2500 30,000 2 1.0000",
+        "a 0.500 0.250 0.333 4",
+        "b 99.7 % is a, 0.1 %",
+        "61,706 parameters in all.",
+        "d" * 64,
+    ]:
+        assert text in page.text, text
+    assert [tag for tag, _ in page.tags if tag in ("h1", "h2")] == ["h1"] + ["h2"] * 8
+    assert sum(tag == "svg" for tag, _ in page.tags) == 2
+    assert all(attributes.get("alt") for tag, attributes in page.tags if tag == "img")
+    assert sum(tag == "table" for tag, _ in page.tags) == sum(tag == "caption" for tag, _ in page.tags) == 6
+
+
+@pytest.mark.parametrize("hostile", HOSTILE)
+def test_no_text_becomes_markup(hostile: str) -> None:
+    page = Page(render_html(a_report(names=[hostile, "b", "c"], text=hostile), PIXELS))
+    assert hostile in page.text
+    harmless = Page(render_html(a_report(), PIXELS))
+    assert [tag for tag, _ in page.tags] == [tag for tag, _ in harmless.tags]
+    for _, attributes in page.tags:
+        assert not [name for name in attributes if name.startswith("on")]
+
+
+def test_the_page_asks_nothing_of_the_network() -> None:
+    html = render_html(a_report(), PIXELS)
+    for tag, attributes in Page(html).tags:
+        for name in ("src", "href", "xlink:href", "data", "srcset", "action"):
+            target = attributes.get(name)
+            if target is not None and not target.startswith(("data:image/png", "#")):
+                assert (tag, target) == ("a", "https://example.org/data")
+    assert "@import" not in html
+    assert html.count("url(") == html.count("url(#")
+
+
+def test_a_homepage_that_is_a_script_is_no_link() -> None:
+    page = Page(render_html(a_report(homepage="javascript:alert(1)"), PIXELS))
+    assert "a" not in [tag for tag, _ in page.tags]
+    assert "javascript:alert(1)" in page.text
+
+
+def test_one_epoch_and_no_mistakes_make_a_page_too() -> None:
+    page = Page(render_html(a_report(epochs=1, mistakes=0), []))
+    assert "1 epoch in" in page.text
+    assert "None: every test image was recognised." in page.text
+
+
+def test_the_same_report_gives_the_same_bytes_in_another_process() -> None:
+    report = a_report(mistakes=0)
+    script = (
+        "import sys; from pipeline.report import *; print(render_html(Report.model_validate_json(sys.argv[1]), []))"
+    )
+    command = [sys.executable, "-c", script, report.model_dump_json()]
+    other = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert other == render_html(report, []) + "\n"
