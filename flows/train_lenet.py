@@ -26,7 +26,8 @@ from pipeline.run import RunConfig
 from pipeline.shards import Manifest
 from pipeline.train import Training
 
-log = logging.getLogger(__name__)
+# By its full name: a deployment loads this file under a name that Prefect makes up.
+log = logging.getLogger("flows.train_lenet")
 
 
 def _may_pass(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:
