@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
@@ -59,14 +60,31 @@ def train(**parameters: Any) -> None:
     check(config_of(parameters))  # the flow does so too, but only once Prefect is up
     for name, value in QUIET_PREFECT.items():
         os.environ.setdefault(name, value)
-    from flows.display import Display  # after the settings above: both import prefect
-    from flows.train_lenet import train_lenet
+    from flows.display import Display
+    from flows.train_lenet import train_lenet  # after the settings above, for it imports prefect
 
+    _start_prefect()
     with Display(Console()) as display:
         published = train_lenet(**parameters)
     display.console.print(
         f"test accuracy {published.accuracy:.4f} · report: {published.report}", soft_wrap=True, highlight=False
     )
+
+
+def _start_prefect() -> None:
+    """Start the ephemeral server, if there is to be one, deaf to Ctrl-C.
+
+    A terminal sends Ctrl-C to every process in the foreground. Were the server to stop too, the flow would wait for
+    it, for more than a minute, to report that it was interrupted. Children inherit the blocked signal.
+    """
+    from prefect import get_client
+
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        with get_client(sync_client=True) as client:
+            client.api_healthcheck()
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 @app.command

@@ -182,7 +182,7 @@ def test_ctrl_c_leaves_nothing_and_the_same_run_id_goes_on_to_a_published_report
     wait_for(lambda: store.exists(f"{staging('r')}/progress/00001.json"), 180)
     os.killpg(first.pid, signal.SIGINT)  # as a terminal does: to all of the foreground
     out, err = first.communicate(timeout=60)
-    assert first.returncode == 130, err
+    assert first.returncode == 130, out + err
     assert err == "lenet: interrupted; the same --run-id goes on from the last checkpoint\n"
     assert find_run(store, "r") is None
     assert read_latest(store) is None
