@@ -157,7 +157,10 @@ def read_rows(
     Only the shards that hold those rows are read, each whole and checked against the manifest.
     Raises DataError for a shard that is missing, altered or not what the manifest says.
     """
-    stop = manifest.rows(split) if stop is None else stop
+    rows = manifest.rows(split)
+    stop = rows if stop is None else stop
+    if not 0 <= start <= stop <= rows:
+        raise DataError(f"{store.locate(manifest.folder)}: {split} has {rows} rows, not {start} to {stop}")
     height, width = manifest.image_shape
     images = np.empty((stop - start, height, width), np.uint8)
     labels = np.empty(stop - start, np.uint8)
