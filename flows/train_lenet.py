@@ -27,7 +27,7 @@ from pipeline.shards import Manifest
 from pipeline.train import Training
 
 # By its full name: a deployment loads this file under a name that Prefect makes up.
-log = logging.getLogger("flows.train_lenet")
+log = logging.getLogger("flows.train")
 
 
 def _may_pass(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import socket
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
 
@@ -18,6 +19,9 @@ RAY_TRAIN_SETTINGS = {
     "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "120",  # give up a hung worker after 2 minutes, not 10
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # see reports and the end within half a second, not two
 }
+
+
+CONNECT_TIMEOUT_S = 5
 
 
 class ClusterConfig(BaseModel):
@@ -72,10 +76,16 @@ def decide_gpu(config: ClusterConfig, nodes: list[Mapping[str, float]]) -> bool:
     return config.gpu != "no" and with_gpu >= config.workers
 
 
-def check_local(config: ClusterConfig) -> None:
-    """Before any work: ConfigError when a local Ray could not hold the workers. A cluster is asked on connecting."""
-    if config.ray_address is None and not ray.is_initialized():
+def check_cluster(config: ClusterConfig) -> None:
+    """Before any work: ConfigError when a local Ray could not hold the workers, ClusterError for a dead address."""
+    if config.ray_address is None:
         decide_gpu(config, [local_resources()])
+    elif config.ray_address != "auto":
+        host, _, port = config.ray_address.rpartition(":")
+        try:
+            socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
+        except (OSError, ValueError) as error:
+            raise _no_cluster(config, error) from None
 
 
 @contextlib.contextmanager
@@ -101,12 +111,17 @@ def _connect(config: ClusterConfig) -> None:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if config.ray_address is None:
         resources = local_resources()
-        ray.init(num_cpus=int(resources["CPU"]), num_gpus=int(resources["GPU"]), include_dashboard=False, **quiet)
+        cpus, gpus = int(resources["CPU"]), int(resources["GPU"])
+        ray.init(address="local", num_cpus=cpus, num_gpus=gpus, include_dashboard=False, **quiet)
         return
     try:
         ray.init(address=config.ray_address, **quiet)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise ClusterError(
-            f"ray_address={config.ray_address!r}: no Ray cluster answers there ({str(error).splitlines()[0]}); "
-            "check the address, or leave it out for a local Ray"
-        ) from None
+        raise _no_cluster(config, error) from None
+
+
+def _no_cluster(config: ClusterConfig, error: Exception) -> ClusterError:
+    return ClusterError(
+        f"ray_address={config.ray_address!r}: no Ray cluster answers there ({str(error).splitlines()[0]}); "
+        "give the head's host:port, or leave it out for a local Ray"
+    )

@@ -96,8 +96,16 @@ def evaluate(store: Store, run_id: str, manifest: Manifest, training: Training) 
         seconds=time.perf_counter() - started,
         **verdict,
     )
-    store.create(f"{staging(run_id)}/evaluation.json", evaluation.model_dump_json(indent=2).encode())
-    return evaluation
+    log.info(
+        "%d of %d test images right: accuracy %.4f, 95%% interval %.4f to %.4f",
+        evaluation.correct,
+        evaluation.images,
+        evaluation.accuracy,
+        evaluation.accuracy_low,
+        evaluation.accuracy_high,
+    )
+    receipt = store.keep(f"{staging(run_id)}/evaluation.json", evaluation.model_dump_json(indent=2).encode())
+    return Evaluation.model_validate_json(receipt)
 
 
 def load_model(store: Store, key: str, expected_sha256: str, n_classes: int) -> LeNet:

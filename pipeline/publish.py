@@ -102,7 +102,7 @@ def publish(
     folder = run_folder(run_id)
     if find_run(store, run_id) is None:
         rendered = _render(store, run_id, parameters, versions, manifest, training, evaluation)
-        kept = {name: _keep(store, f"{folder}/{name}", data) for name, data in rendered.items()}
+        kept = {name: store.keep(f"{folder}/{name}", data) for name, data in rendered.items()}
         if sha256(kept[MODEL]) != training.candidate_sha256:
             raise DataError(f"{store.locate(folder)}: holds another model already; run anew with another run_id")
         content = RunManifest(
@@ -116,6 +116,7 @@ def publish(
         store.create(f"{folder}/manifest.json", content.model_dump_json(indent=2).encode())
     verify_run(store, run_id)
     _point_latest(store, run_id)
+    log.info("%s published and verified in %s", run_id, store.locate(folder))
     return Published(
         run_id=run_id,
         accuracy=evaluation.accuracy,
@@ -186,15 +187,6 @@ def _render(
         "report.json": report.model_dump_json(indent=2).encode(),
         "report.html": render_html(report, [images[mistake.row] for mistake in evaluation.mistakes]).encode(),
     }
-
-
-def _keep(store: Store, key: str, data: bytes) -> bytes:
-    """Create the object, or leave the one there is; what the store then holds, read back."""
-    created = store.create(key, data)
-    found = store.read(key)
-    if created and found != data:
-        raise StorageError(f"{store.locate(key)}: read back other bytes than were written; check the disk or server")
-    return found
 
 
 def _point_latest(store: Store, run_id: str) -> None:

@@ -4,7 +4,6 @@ Each step is safe to repeat: it finds what an earlier attempt finished and goes 
 """
 
 import importlib.metadata
-import logging
 import platform
 import subprocess
 from collections.abc import Mapping
@@ -18,7 +17,7 @@ import pipeline.evaluate
 import pipeline.publish
 import pipeline.train
 from pipeline.catalog import CATALOG
-from pipeline.cluster import ClusterConfig, check_local
+from pipeline.cluster import ClusterConfig, check_cluster
 from pipeline.download import SourceConfig, check_source, read_verified
 from pipeline.errors import ConfigError
 from pipeline.evaluate import Evaluation
@@ -34,8 +33,6 @@ from pipeline.shards import (
 )
 from pipeline.storage import StorageConfig, Store, open_store, sha256
 from pipeline.train import OnEpoch, TrainConfig, Training, staging
-
-log = logging.getLogger(__name__)
 
 # A run that goes on may do so on other workers, from another source; whatever decides its result has to stay.
 MAY_CHANGE = {"storage", "source", *ClusterConfig.model_fields}
@@ -99,7 +96,7 @@ def check(config: RunConfig) -> Store:
     Raises ConfigError for parameters that cannot work on this machine, StorageError for a store out of reach.
     """
     check_source(config)
-    check_local(config)
+    check_cluster(config)
     store = open_store(config.storage)
     store.check_writable()
     return store
@@ -114,8 +111,8 @@ def begin(config: RunConfig, run_id: str) -> RunConfig:
     config = config.model_copy(update={"run_id": run_id})
     key = f"{staging(run_id)}/run.json"
     record = RunRecord(parameters=config.model_dump(mode="json"), versions=_versions())
-    if not store.create(key, record.model_dump_json(indent=2).encode()):
-        _require_same(read_record(store, run_id).parameters, record.parameters)
+    begun = RunRecord.model_validate_json(store.keep(key, record.model_dump_json(indent=2).encode()))
+    _require_same(begun.parameters, record.parameters)
     return config
 
 
@@ -127,8 +124,7 @@ def read_record(store: Store, run_id: str) -> RunRecord:
 def download(config: RunConfig) -> Path | None:
     """The folder with the verified source files; None when the store holds the dataset, so that none are needed."""
     store = open_store(config.storage)
-    if manifest := find_manifest(store, _dataset_folder(config)):
-        log.info("%s version %s is in the store already", config.dataset, manifest.version)
+    if find_manifest(store, _dataset_folder(config)):
         return None
     return pipeline.download.fetch(config)
 
@@ -142,14 +138,6 @@ def shard(config: RunConfig, source: Path | None) -> Manifest:
         dataset = CATALOG[config.dataset]
         manifest = write_shards(store, dataset, read_verified(dataset, source), config)
     verify_shards(store, manifest)
-    log.info(
-        "%s version %s: %s training and %s test images in %s shards, verified",
-        manifest.dataset,
-        manifest.version,
-        f"{manifest.rows('train'):,}",
-        f"{manifest.rows('test'):,}",
-        sum(len(shards) for shards in manifest.splits.values()),
-    )
     return manifest
 
 

@@ -128,8 +128,7 @@ def write_shards(
         digest="",
     )
     manifest = manifest.model_copy(update={"digest": _digest(manifest)})
-    if not store.create(f"{folder}/manifest.json", manifest.model_dump_json(indent=2).encode()):
-        log.info("another process sharded %s first; using its manifest", dataset.name)
+    store.keep(f"{folder}/manifest.json", manifest.model_dump_json(indent=2).encode())
     return require_manifest(store, folder)
 
 
@@ -147,6 +146,8 @@ def verify_shards(store: Store, manifest: Manifest) -> None:
     with ThreadPoolExecutor(READ_THREADS) as pool:
         for done in [pool.submit(_read_shard, store, manifest, shard) for shard in every]:
             done.result()
+    rows = " and ".join(f"{manifest.rows(split):,} {split}" for split in SPLITS)
+    log.info("%s version %s: %s images in %d shards verified", manifest.dataset, manifest.version, rows, len(every))
 
 
 def read_rows(

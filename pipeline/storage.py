@@ -120,6 +120,17 @@ class Store:
                 return True
         return self.read(key) == data
 
+    def keep(self, key: str, data: bytes) -> bytes:
+        """Create the object, or leave the one that is there; what the store then holds, read back.
+
+        For receipts: of several attempts, whichever is first has written for all.
+        """
+        created = self.create(key, data)
+        found = self.read(key)
+        if created and found != data:
+            raise StorageError(f"{self.locate(key)}: read back other bytes than were written; check the disk or server")
+        return found
+
     def replace(self, key: str, data: bytes, expected: bytes | None) -> bool:
         """Write `data` only if the object still holds `expected` (None: does not exist). False if it does not.
 

@@ -108,6 +108,7 @@ def fit(
         return done
     started = time.perf_counter()
     job = Job(store.url, manifest, config.resolved(), config.seed)
+    log.info("starting %d Ray workers for %d epochs", cluster.workers, job.recipe.epochs)
     with ray_session(cluster) as gpu, _progress(store, run_id, on_epoch):
         weights, history = _run_workers(store, run_id, job, cluster, gpu)
     if len(history) < job.recipe.epochs:
@@ -115,20 +116,22 @@ def fit(
             f"the loss became infinite or undefined in epoch {len(history) + 1} with lr={job.recipe.lr:g}; lower lr"
         )
     candidate = safetensors.torch.save(weights)
-    key = f"{staging(run_id)}/candidate.safetensors"
+    digest = sha256(candidate)
+    # Named by content: two attempts, perhaps on other workers, that end at the same time do not overwrite each other.
+    key = f"{staging(run_id)}/candidate-{digest[:16]}.safetensors"
     store.put(key, candidate)
     training = Training(
         history=history,
         candidate=key,
-        candidate_sha256=sha256(candidate),
+        candidate_sha256=digest,
         parameters=sum(tensor.numel() for tensor in weights.values()),
         world_size=cluster.workers,
         device="gpu" if gpu else "cpu",
         wall_seconds=time.perf_counter() - started,
         finished=datetime.now(UTC),
     )
-    store.create(f"{staging(run_id)}/training.json", training.model_dump_json(indent=2).encode())
-    return training
+    receipt = store.keep(f"{staging(run_id)}/training.json", training.model_dump_json(indent=2).encode())
+    return Training.model_validate_json(receipt)
 
 
 def _run_workers(

@@ -31,6 +31,8 @@ def lenet(*arguments: str) -> int:
         ("--storage ftp://x/y", "storage='ftp://x/y': the store is a folder, file:///path or s3://bucket/prefix;", 2),
         ("--storage s3://key:secret@bucket", "storage='s3://…@bucket': credentials do not belong in a URL;", 2),
         ("--storage /dev/null/store", "/dev/null/store/.probe-", 1),
+        ("--ray-address 127.0.0.1:9", "ray_address='127.0.0.1:9': no Ray cluster answers there (", 1),
+        ("--ray-address nonsense", "ray_address='nonsense': no Ray cluster answers there (", 1),
     ],
 )
 def test_a_mistake_gives_one_line_and_an_exit_code(

@@ -16,6 +16,7 @@ from typing import Any
 
 import psutil
 import pytest
+from ray.cluster_utils import Cluster
 
 from pipeline.publish import find_run, read_latest, verify_run
 from pipeline.run import RunConfig
@@ -153,12 +154,13 @@ def test_a_deployment_runs_on_a_real_server_worker_ray_and_s3(
 class Command:
     """`lenet train` in a session and a Prefect home of its own, its processes marked by an environment variable."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, storage: str | None = None) -> None:
         self.folder = folder
+        self.storage = storage or str(folder / "store")
         self.env = {**os.environ, "PREFECT_HOME": str(folder / "prefect"), "LENET_TEST": str(folder)}
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
-        command = [str(BIN / "lenet"), "train", "--storage", str(self.folder / "store"), *arguments]
+        command = [str(BIN / "lenet"), "train", "--storage", self.storage, *arguments]
         return subprocess.Popen(
             command, env=self.env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
         )
@@ -195,7 +197,7 @@ def test_ctrl_c_leaves_nothing_and_the_same_run_id_goes_on_to_a_published_report
     manifest = verify_run(store, "r")
     lines = out.splitlines()
     assert lines[-1] == f"test accuracy {manifest.accuracy:.4f} · report: {tmp_path}/store/runs/r/report.html"
-    assert all(re.match(r" *(run|download|train_lenet)  \S|test accuracy ", line) for line in lines), out
+    assert all(re.match(r" *(download|shards|train|evaluate|publish)  \S|test accuracy ", line) for line in lines), out
     training = find_training(store, "r")
     assert training is not None
     assert [epoch.epoch for epoch in training.history] == [1, 2, 3]
@@ -217,3 +219,31 @@ def test_a_damaged_shard_stops_the_command_with_one_line(tmp_path: Path) -> None
     assert re.fullmatch(r"lenet: \S+/test-00001-of-00008\.parquet: shard is altered, [^\n]+\n", err)
     assert "Traceback" not in out
     assert find_training(open_store(str(tmp_path / "store")), "r") is None
+
+
+def test_a_cluster_of_two_nodes_trains_over_an_s3_server_that_restarts_meanwhile(
+    own_s3_server: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name, value in own_s3_server.env.items():
+        monkeypatch.setenv(name, value)  # the nodes inherit it
+    url = f"s3://{own_s3_server.bucket}/cluster"
+    store = open_store(url)
+    # One CPU on each node: two workers fit on neither, so both nodes train.
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    try:
+        cluster.add_node(num_cpus=1)
+        cluster.wait_for_nodes()
+        process = Command(tmp_path, url).start("--epochs", "3", "--run-id", "r", "--ray-address", cluster.address)
+        wait_for(lambda: store.exists(f"{staging('r')}/progress/00001.json"), 180)
+        own_s3_server.stop()
+        time.sleep(4)
+        own_s3_server.start()
+        out, err = process.communicate(timeout=300)
+    finally:
+        cluster.shutdown()
+    assert (process.returncode, err) == (0, ""), out
+    verify_run(store, "r")
+    training = find_training(store, "r")
+    assert training is not None
+    assert [epoch.epoch for epoch in training.history] == [1, 2, 3]
+    assert training.history[2].train_loss == pytest.approx(0.82695, abs=1e-4)  # as on one node

@@ -44,7 +44,9 @@ def _ray() -> Iterator[None]:
 
 
 def weights(store: Store, run_id: str) -> Weights:
-    return safetensors.torch.load(store.read(f"{staging(run_id)}/candidate.safetensors"))
+    training = find_training(store, run_id)
+    assert training is not None
+    return safetensors.torch.load(store.read(training.candidate))
 
 
 def assert_close(one: Weights, other: Weights) -> None:
