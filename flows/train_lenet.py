@@ -22,6 +22,7 @@ from pipeline.checkpoint import EpochMetrics
 from pipeline.errors import ConfigError, DataError, TrainingError
 from pipeline.evaluate import Evaluation
 from pipeline.publish import Published
+from pipeline.report import render_summary
 from pipeline.run import RunConfig
 from pipeline.shards import Manifest
 from pipeline.train import Training
@@ -87,7 +88,7 @@ def evaluate(config: RunConfig, manifest: Manifest, training: Training) -> Evalu
 def publish(config: RunConfig, manifest: Manifest, training: Training, evaluation: Evaluation) -> Published:
     """Publish model and report, and show both in Prefect."""
     published = run.publish(config, manifest, training, evaluation)
-    create_markdown_artifact(run.summary(config, training, evaluation), key="training-report")
+    create_markdown_artifact(render_summary(published.run_id, training, evaluation), key="training-report")
     create_link_artifact(published.report, key="report-page", link_text=f"Report of {config.run_id}")
     return published
 

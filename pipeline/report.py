@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict
 from pipeline.checkpoint import History
 from pipeline.evaluate import Evaluation, Mistake
 from pipeline.idx import Pixels
+from pipeline.train import Training
 
 # Mid-tones that read on white and on near-black alike.
 BLUE, ORANGE, GREEN = "#4a86d8", "#d9792b", "#3f9c6b"
@@ -97,6 +98,25 @@ def render_html(report: Report, mistakes: list[Pixels]) -> str:
         homepage=report.dataset.homepage if report.dataset.homepage.startswith("https://") else None,
         parameters_total=sum(layer.parameters for layer in report.layers),
     )
+
+
+def render_summary(run_id: str, training: Training, evaluation: Evaluation) -> str:
+    """The run in a few lines of Markdown."""
+    last = training.history[-1]
+    return f"""\
+# {run_id}
+
+| | |
+| --- | --- |
+| Test accuracy | **{evaluation.accuracy:.2%}** |
+| 95% interval | {evaluation.accuracy_low:.2%} to {evaluation.accuracy_high:.2%} |
+| Train accuracy, last epoch | {last.train_accuracy:.2%} |
+| Train loss, last epoch | {last.train_loss:.4f} |
+| Dataset version | {evaluation.dataset_digest[:12]} |
+| Epochs | {len(training.history)} |
+| Workers | {training.world_size} on {training.device} |
+| Training time | {training.wall_seconds:.0f} s |
+"""
 
 
 def _draw(history: History, curves: dict[str, tuple[str, str]], top: float | None) -> str:

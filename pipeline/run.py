@@ -7,6 +7,7 @@ import importlib.metadata
 import platform
 import subprocess
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +111,9 @@ def begin(config: RunConfig, run_id: str) -> RunConfig:
     store = check(config)
     config = config.model_copy(update={"run_id": run_id})
     key = f"{staging(run_id)}/run.json"
-    record = RunRecord(parameters=config.model_dump(mode="json"), versions=_versions())
+    # The recipe's own values are recorded as if they had been given: what a name means may change one day.
+    resolved = {name: value for name, value in asdict(config.resolved()).items() if name in TrainConfig.model_fields}
+    record = RunRecord(parameters=config.model_dump(mode="json") | resolved, versions=_versions())
     begun = RunRecord.model_validate_json(store.keep(key, record.model_dump_json(indent=2).encode()))
     _require_same(begun.parameters, record.parameters)
     return config
@@ -174,29 +177,6 @@ def outcome(step: str, config: RunConfig) -> str | None:
         case _:
             raise AssertionError(f"step {step} leaves no receipt")
     return None if found is None else f"{step}-{sha256(f'{store.url} {found.model_dump_json()}'.encode())}"
-
-
-def summary(config: RunConfig, training: Training, evaluation: Evaluation) -> str:
-    """The run in a few lines of Markdown."""
-    last = training.history[-1]
-    accuracy, low, high = (f"{100 * x:.2f} %" for x in _accuracy(evaluation))
-    return f"""\
-# {config.run_id}
-
-| | |
-| --- | --- |
-| Test accuracy | **{accuracy}** (95% interval {low} to {high}) |
-| Train accuracy, last epoch | {100 * last.train_accuracy:.2f} % |
-| Train loss, last epoch | {last.train_loss:.4f} |
-| Dataset | {config.dataset}, version {evaluation.dataset_digest[:12]} |
-| Recipe | {config.recipe}, {len(training.history)} epochs |
-| Workers | {training.world_size} on {training.device} |
-| Training time | {training.wall_seconds:.0f} s |
-"""
-
-
-def _accuracy(evaluation: Evaluation) -> tuple[float, float, float]:
-    return evaluation.accuracy, evaluation.accuracy_low, evaluation.accuracy_high
 
 
 def _dataset_folder(config: RunConfig) -> str:

@@ -141,7 +141,7 @@ def test_a_deployment_runs_on_a_real_server_worker_ray_and_s3(
     artifacts = {artifact["key"]: artifact for artifact in prefect_server.ask("/artifacts/filter", limit=10)}
     assert {"training-progress", "training-report", "report-page"} <= artifacts.keys()
     assert artifacts["training-progress"]["data"] == 100
-    assert f"**{100 * manifest.accuracy:.2f} %**" in artifacts["training-report"]["data"]
+    assert f"**{manifest.accuracy:.2%}**" in artifacts["training-report"]["data"]
     assert f"{url}/runs/nightly/report.html" in artifacts["report-page"]["data"]
 
     # The same run once more does nothing again: Prefect finds its steps finished in the store.

@@ -74,6 +74,7 @@ def test_the_record_names_the_code_and_the_packages(tmp_path: Path) -> None:
     record = run.read_record(open_store(str(tmp_path)), "r")
     assert {"code", "python", "torch", "ray", "prefect"} <= record.versions.keys()
     assert record.parameters["run_id"] == "r"
+    assert (record.parameters["epochs"], record.parameters["lr"]) == (10, 0.9)  # not "the recipe's own"
 
 
 def test_a_dataset_in_the_store_is_neither_fetched_nor_written_again(tmp_path: Path, fashion_mnist: Path) -> None:
