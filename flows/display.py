@@ -65,6 +65,7 @@ def draw(history: History, epochs: int) -> Group:
     plotext.plotsize(*CHART_SIZE)
     plotext.xlim(1, max(epochs, 2))
     plotext.ylim(0, max(1.0, *(epoch.train_loss for epoch in history)))
+    plotext.xticks(range(1, epochs + 1, max(1, epochs // 10)))
     plotext.xlabel("epoch")
     for name, curve, colour in (
         ("train loss", [epoch.train_loss for epoch in history], "blue"),

@@ -4,7 +4,7 @@ import base64
 import io
 import re
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 import jinja2
@@ -81,13 +81,14 @@ def render_html(report: Report, mistakes: list[Pixels]) -> str:
         loader=jinja2.PackageLoader("pipeline", "."), autoescape=True, undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters["percent"] = lambda value, digits=1: f"{100 * value:.{digits}f} %"
+    environment.filters["percent"] = lambda value, digits=1: f"{100 * value:.{digits}f}\N{NO-BREAK SPACE}%"
     evaluation = report.evaluation
     pictures = [Picture(m, _png(pixels)) for m, pixels in zip(evaluation.mistakes, mistakes, strict=True)]
     template = environment.get_template("report.html.j2")
     return template.render(
         report=report,
         evaluation=evaluation,
+        finished=report.finished.astimezone(UTC),
         names=[metrics.name for metrics in evaluation.classes],
         # Drawn from numbers and labels of our own, so there is nothing to escape.
         curves=[
@@ -129,7 +130,7 @@ def _draw(history: History, curves: dict[str, tuple[str, str]], top: float | Non
     # The salt makes the ids in the SVG the same every time, and others in each drawing of a page.
     style: Any = {"svg.hashsalt": ",".join(curves), "svg.fonttype": "none", "font.size": 11}
     with mpl.rc_context(style):
-        figure = Figure(figsize=(4.8, 3.4), layout="constrained")
+        figure = Figure(figsize=(4.4, 3.2), layout="constrained")
         figure.patch.set_alpha(0)
         axes = figure.subplots()
         for (label, (field, colour)), line in zip(curves.items(), ("o-", "s--"), strict=False):
@@ -143,8 +144,10 @@ def _draw(history: History, curves: dict[str, tuple[str, str]], top: float | Non
         axes.grid(alpha=0.25)
         axes.legend(frameon=False)
         text = io.StringIO()
-        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+        figure.savefig(text, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     svg = re.sub(r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" aria-hidden="true">', text.getvalue())
+    # Nothing points at the groups' ids, and they are the same in every drawing: an id may stand once in a page.
+    svg = svg.replace('<g id="', '<g data-part="')
     # matplotlib's black ink becomes the page's ink, so that one drawing serves light and dark.
     return svg[svg.index("<svg") :].replace("#000000", "currentColor")
 

@@ -1,8 +1,9 @@
 """Proves that the report page holds everything, needs nothing from outside, and lets no text become markup."""
 
+import re
 import subprocess
 import sys
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta, timezone
 from html.parser import HTMLParser
 
 import numpy as np
@@ -66,9 +67,12 @@ def test_the_page_holds_the_run_in_numbers() -> None:
         "3 of 12 images",
         "2 epochs in 84 s",
         "2026-01-02 03:04:05 UTC",
+        "Dataset version dddddddddddd Training",
         "1 2.0000 0.3000 1.5000 0.2500 30,000 2 1.0000",
         "a 0.500 0.250 0.333 4",
-        "b 99.7 % is a, 0.1 %",
+        "a → b 99.7 % label 0.1 %",
+        "true \\ predicted a b c a 2 1 1 b 3 1 0 c 4 0 0",
+        "lr 0.9 epochs none",
         "61,706 parameters in all.",
         "d" * 64,
     ]:
@@ -83,6 +87,7 @@ def test_the_page_holds_the_run_in_numbers() -> None:
 def test_no_text_becomes_markup(hostile: str) -> None:
     page = Page(render_html(a_report(names=[hostile, "b", "c"], text=hostile), PIXELS))
     assert hostile in page.text
+    assert [a["alt"] for tag, a in page.tags if tag == "img"] == [f"Test image 7: {hostile}, taken for b"]
     harmless = Page(render_html(a_report(), PIXELS))
     assert [tag for tag, _ in page.tags] == [tag for tag, _ in harmless.tags]
     for _, attributes in page.tags:
@@ -98,12 +103,43 @@ def test_the_page_asks_nothing_of_the_network() -> None:
                 assert (tag, target) == ("a", "https://example.org/data")
     assert "@import" not in html
     assert html.count("url(") == html.count("url(#")
+    drawings = html[html.index("<svg") : html.rindex("</svg>")]
+    assert "://" not in drawings
 
 
-def test_a_homepage_that_is_a_script_is_no_link() -> None:
-    page = Page(render_html(a_report(homepage="javascript:alert(1)"), PIXELS))
+def test_no_id_stands_twice_and_every_reference_finds_its_id() -> None:
+    html = render_html(a_report(), PIXELS)
+    ids = [attributes["id"] for _, attributes in Page(html).tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    assert set(re.findall(r'(?:url\(|href=")#([^)"]+)', html)) <= set(ids)
+
+
+def test_every_table_wider_than_a_phone_scrolls_by_keyboard_too() -> None:
+    page = Page(render_html(a_report(), PIXELS))
+    scrolling = [attributes for _, attributes in page.tags if attributes.get("class") == "scroll"]
+    assert len(scrolling) == sum(tag == "table" for tag, _ in page.tags)
+    assert all(a["role"] == "region" and a["tabindex"] == "0" and a["aria-label"] for a in scrolling)
+
+
+def test_the_end_of_the_run_is_in_utc() -> None:
+    elsewhere = datetime(2026, 1, 2, 1, 4, 5, tzinfo=timezone(timedelta(hours=2)))
+    page = Page(render_html(a_report().model_copy(update={"finished": elsewhere}), PIXELS))
+    assert "2026-01-01 23:04:05 UTC" in page.text
+    assert [a["datetime"] for tag, a in page.tags if tag == "time"] == ["2026-01-01T23:04:05+00:00"]
+
+
+@pytest.mark.parametrize("homepage", ["javascript:alert(1)", " JavaScript:alert(1)//https://", "data:text/html,x"])
+def test_a_homepage_that_is_a_script_is_no_link(homepage: str) -> None:
+    page = Page(render_html(a_report(homepage=homepage), PIXELS))
     assert "a" not in [tag for tag, _ in page.tags]
-    assert "javascript:alert(1)" in page.text
+    assert homepage.strip() in page.text
+
+
+def test_a_run_whose_loss_diverged_has_a_page() -> None:
+    diverged = epoch(2).model_copy(update={"train_loss": float("nan"), "test_loss": float("inf")})
+    for history in ([epoch(1), diverged], [diverged]):
+        page = Page(render_html(a_report().model_copy(update={"history": history}), PIXELS))
+        assert "nan" in page.text
 
 
 def test_one_epoch_and_no_mistakes_make_a_page_too() -> None:
@@ -113,10 +149,12 @@ def test_one_epoch_and_no_mistakes_make_a_page_too() -> None:
 
 
 def test_the_same_report_gives_the_same_bytes_in_another_process() -> None:
-    report = a_report(mistakes=0)
+    report = a_report()
     script = (
-        "import sys; from pipeline.report import *; print(render_html(Report.model_validate_json(sys.argv[1]), []))"
+        "import sys; import numpy as np; from pipeline.report import *; pixels = np.arange(784, dtype=np.uint8); "
+        "print(render_html(Report.model_validate_json(sys.argv[1]), [pixels.reshape(28, 28)]))"
     )
     command = [sys.executable, "-c", script, report.model_dump_json()]
     other = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert other == render_html(report, []) + "\n"
+    assert other == render_html(report, PIXELS) + "\n"
+    assert render_html(report, PIXELS) == render_html(report, PIXELS)

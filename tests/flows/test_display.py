@@ -1,0 +1,51 @@
+"""Proves what a person sees: curves that grow in a terminal, and a line for each record where there is none."""
+
+import io
+import logging
+
+import pytest
+from rich.console import Console
+
+from flows.display import Display
+from pipeline.checkpoint import EpochMetrics
+
+
+@pytest.fixture(params=[True, False], ids=["terminal", "file"])
+def console(request: pytest.FixtureRequest) -> Console:
+    return Console(file=io.StringIO(), force_terminal=request.param, width=100)
+
+
+def shown(console: Console) -> str:
+    """All that was written while two of three epochs went by."""
+    log = logging.getLogger("flows.train")
+    log.setLevel(logging.INFO)
+    with Display(console):
+        logging.getLogger("pipeline.shards").warning("16 shards %s", "verified")
+        for number in (1, 2):
+            epoch = EpochMetrics(epoch=number, train_loss=2 / number, train_accuracy=0.4, test_loss=1.0,
+                                 test_accuracy=0.35, seconds=2.0, images_per_second=30_000.0)  # fmt: skip
+            log.info("epoch %d of 3: %s", number, epoch, extra={"epoch": epoch, "epochs": 3})
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def test_epochs_are_drawn_in_a_terminal_and_listed_elsewhere(console: Console) -> None:
+    text = shown(console)
+    assert "shards  " in text
+    assert "16 shards verified" in text
+    if console.is_terminal:
+        assert "2/3    1.0000      0.4000          0.3500         30,000" in text
+        assert "test accuracy" in text
+        assert "⠤" in text  # a curve
+    else:
+        assert text.splitlines()[1:] == [
+            "     train  epoch 1 of 3: train loss 2.0000, train accuracy 0.4000, test accuracy 0.3500, 30,000 images/s",
+            "     train  epoch 2 of 3: train loss 1.0000, train accuracy 0.4000, test accuracy 0.3500, 30,000 images/s",
+        ]
+
+
+def test_no_handler_stays_behind(console: Console) -> None:
+    shown(console)
+    for name in ("pipeline", "flows"):
+        assert not [handler for handler in logging.getLogger(name).handlers if isinstance(handler, Display)]
+        assert logging.getLogger(name).propagate
