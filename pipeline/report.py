@@ -138,7 +138,9 @@ def _draw(history: History, curves: dict[str, tuple[str, str]], top: float | Non
             axes.plot([epoch.epoch for epoch in history], values, line, color=colour, label=label, ms=4)
         axes.set_ylim(0, top)
         axes.set_xlabel("epoch")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        # Half an epoch on each side: without it a single epoch gets ticks at fractions of an epoch.
+        axes.set_xlim(history[0].epoch - 0.5, history[-1].epoch + 0.5)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.patch.set_alpha(0)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)

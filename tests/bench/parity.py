@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import Annotated
 
+import ray
 import torch
 from cyclopts import App, Parameter
 from textbook import tensor_loop
@@ -35,6 +36,10 @@ def main(
     splits = read_verified(FASHION_MNIST, fetch(SourceConfig()))
     (train_x, train_y), (test_x, test_y) = (
         (torch.from_numpy(x.copy()), torch.from_numpy(y.copy()).long()) for x, y in splits.values()
+    )
+    # One local Ray for all runs, with room for three workers whatever the number of cores.
+    ray.init(
+        address="local", num_cpus=max(WORKERS), include_dashboard=False, log_to_driver=False, logging_level="ERROR"
     )
     with tempfile.TemporaryDirectory() as store:
         for seed in range(seeds):

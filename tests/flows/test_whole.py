@@ -181,7 +181,7 @@ def test_ctrl_c_leaves_nothing_and_the_same_run_id_goes_on_to_a_published_report
     command = Command(tmp_path)
     store = open_store(str(tmp_path / "store"))
     first = command.start("--epochs", "3", "--run-id", "r")
-    wait_for(lambda: store.exists(f"{staging('r')}/progress/00001.json"), 180)
+    wait_for(lambda: store.exists(f"{staging('r')}/progress/00001.json"), 400)
     os.killpg(first.pid, signal.SIGINT)  # as a terminal does: to all of the foreground
     out, err = first.communicate(timeout=60)
     assert first.returncode == 130, out + err
@@ -234,7 +234,7 @@ def test_a_cluster_of_two_nodes_trains_over_an_s3_server_that_restarts_meanwhile
         cluster.add_node(num_cpus=1)
         cluster.wait_for_nodes()
         process = Command(tmp_path, url).start("--epochs", "3", "--run-id", "r", "--ray-address", cluster.address)
-        wait_for(lambda: store.exists(f"{staging('r')}/progress/00001.json"), 180)
+        wait_for(lambda: store.exists(f"{staging('r')}/progress/00001.json"), 400)
         own_s3_server.stop()
         time.sleep(4)
         own_s3_server.start()

@@ -142,6 +142,13 @@ def test_a_run_whose_loss_diverged_has_a_page() -> None:
         assert "nan" in page.text
 
 
+@pytest.mark.parametrize(("epochs", "ticks"), [(1, ["1"]), (2, ["1", "2"]), (3, ["1", "2", "3"])])
+def test_the_axis_counts_whole_epochs(epochs: int, ticks: list[str]) -> None:
+    html = render_html(a_report(epochs=epochs), PIXELS)
+    texts = re.findall(r"<text [^>]*>([^<]*)</text>", html)
+    assert texts[: texts.index("epoch")] == ticks
+
+
 def test_one_epoch_and_no_mistakes_make_a_page_too() -> None:
     page = Page(render_html(a_report(epochs=1, mistakes=0), []))
     assert "1 epoch in" in page.text
