@@ -123,5 +123,5 @@ def _connect(config: ClusterConfig) -> None:
 def _no_cluster(config: ClusterConfig, error: Exception) -> ClusterError:
     return ClusterError(
         f"ray_address={config.ray_address!r}: no Ray cluster answers there ({str(error).splitlines()[0]}); "
-        "give the head's host:port, or leave it out for a local Ray"
+        "give the head's host:port, with RAY_AUTH_MODE and the token that it has, or leave it out for a local Ray"
     )
