@@ -10,8 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-IMAGE_SIZES = (28, 32)
-
 
 class PadTo32(nn.Module):
     """Bring (B, 1, 28, 28) to (B, 1, 32, 32) with a border of 2 zeros; pass (B, 1, 32, 32) through."""

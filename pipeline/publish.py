@@ -113,7 +113,7 @@ def publish(
             dataset_digest=manifest.digest,
             artifacts={name: Artifact(bytes=len(data), sha256=sha256(data)) for name, data in kept.items()},
         )
-        store.create(f"{folder}/manifest.json", content.model_dump_json(indent=2).encode())
+        store.keep(f"{folder}/manifest.json", content.model_dump_json(indent=2).encode())
     verify_run(store, run_id)
     _point_latest(store, run_id)
     log.info("%s published and verified in %s", run_id, store.locate(folder))
