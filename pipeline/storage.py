@@ -288,7 +288,7 @@ def open_store(url: str) -> Store:
 
 
 class PatientS3FileSystem(s3fs.S3FileSystem):  # type: ignore[misc]  # s3fs has no types
-    """s3fs that waits for a server to come back.
+    """s3fs that waits for a server to come back, or to have done with starting.
 
     botocore's own retries draw on a quota per client that an outage empties: of 40 calls at once, 33 failed in an
     outage of 3 s and all 40 in the next. With this, none of 120 did.
@@ -301,17 +301,26 @@ class PatientS3FileSystem(s3fs.S3FileSystem):  # type: ignore[misc]  # s3fs has 
         while True:
             try:
                 return await super()._call_s3(method, *args, **kwargs)
-            except (
-                botocore.exceptions.EndpointConnectionError,
-                botocore.exceptions.ConnectTimeoutError,
-                botocore.exceptions.ConnectionClosedError,
-            ):
-                if time.monotonic() > give_up:
+            except (OSError, botocore.exceptions.BotoCoreError) as error:
+                if not _may_pass(error) or time.monotonic() > give_up:
                     raise
                 await asyncio.sleep(S3_OUTAGE_POLL_S)
 
     # The parent's is bound to the parent's _call_s3.
     call_s3 = fsspec.asyn.sync_wrapper(_call_s3)
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether the server is away, starting or out of breath, rather than the request wrong."""
+    cause = error.__cause__
+    if isinstance(cause, botocore.exceptions.ClientError):  # what s3fs makes an OSError of
+        return cause.response.get("ResponseMetadata", {}).get("HTTPStatusCode") in (500, 502, 503, 504)
+    return isinstance(
+        error,
+        botocore.exceptions.EndpointConnectionError
+        | botocore.exceptions.ConnectTimeoutError
+        | botocore.exceptions.ConnectionClosedError,
+    )
 
 
 def _s3_filesystem() -> PatientS3FileSystem:

@@ -1,18 +1,22 @@
 """Proves that folders and buckets keep the same promises: whole objects, conditional writes, one-line errors."""
 
+import contextlib
 import json
 import os
 import pickle
 import re
 import socket
+import socketserver
 import subprocess
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -335,3 +339,42 @@ def test_forty_operations_begun_in_an_outage_of_three_seconds_all_succeed_and_so
             assert all(operation.result() == b"kept" for operation in reads)
             assert all(operation.result() for operation in creates)
     assert len(store.keys("")) == 41
+
+
+def test_a_server_that_errs_while_it_starts_is_waited_for(s3_server: "S3Server", s3_env: dict[str, str]) -> None:
+    """A proxy before the real server answers 500 at first, as a server does whose disks are not up yet."""
+    real = urlsplit(s3_server.endpoint)
+    errors_left = [8]
+
+    class Proxy(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            if errors_left[0] > 0:
+                errors_left[0] -= 1
+                self.request.recv(65536)
+                body = b"<Error><Code>InternalError</Code><Message>not yet</Message></Error>"
+                head = f"HTTP/1.1 500 Error\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n"
+                self.request.sendall(head.encode() + body)
+                return
+            with socket.create_connection((str(real.hostname), real.port or 80)) as upstream:
+                back = threading.Thread(target=pump, args=(upstream, self.request), daemon=True)
+                back.start()
+                pump(self.request, upstream)
+
+    def pump(source: socket.socket, sink: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                sink.sendall(data)
+
+    class Server(socketserver.ThreadingTCPServer):
+        daemon_threads = True
+        block_on_close = False
+
+    with Server(("127.0.0.1", 0), Proxy) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        os.environ["AWS_ENDPOINT_URL"] = f"http://127.0.0.1:{server.server_address[1]}"  # s3_env puts it back
+        key = f"starting/{uuid.uuid4().hex}"
+        store = open_store(f"s3://{s3_server.bucket}")
+        store.put(key, b"whole")
+        assert store.read(key) == b"whole"
+        server.shutdown()
+    assert errors_left == [0]

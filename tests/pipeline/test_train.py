@@ -38,7 +38,7 @@ SMALL_RUN = TrainConfig(epochs=12, global_batch_size=64, lr=0.5, seed=3)
 @pytest.fixture(scope="module", autouse=True)
 def _ray() -> Iterator[None]:
     # Room for 4 workers, however many cores there are: the tests are about exactness, not speed.
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield
     ray.shutdown()
 
