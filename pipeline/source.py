@@ -1,0 +1,87 @@
+"""A dataset on this machine, ready to be sharded: four IDX files of uint8 in a folder, and the facts about them.
+
+Whatever a dataset was published or kept as, `download.fetch` leaves it in this one form, so that all that follows
+knows only this. The files are mapped, not read: memory stays small however large they are.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from pipeline.errors import DataError
+from pipeline.idx import Pixels, open_idx
+
+SPLITS = ("train", "test")
+# The names that MNIST gave its files, and every reader of IDX knows.
+IMAGES = {"train": "train-images-idx3-ubyte", "test": "t10k-images-idx3-ubyte"}
+LABELS = {"train": "train-labels-idx1-ubyte", "test": "t10k-labels-idx1-ubyte"}
+FILES = [names[split] for split in SPLITS for names in (IMAGES, LABELS)]
+FACTS = "source.json"
+
+
+class SourceFacts(BaseModel):
+    """What is known of a dataset before it is sharded.
+
+    `made_of` names the published or the user's own files by checksum ("sha256:…", "md5:…") and with `conversion`
+    decides every byte of the IDX files; `sha256` has those files' own digests (hex) by name.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    dataset: str
+    classes: tuple[str, ...] = Field(min_length=2, max_length=256)
+    image_shape: tuple[int, int]
+    made_of: dict[str, str]
+    conversion: dict[str, str | int | float]
+    sha256: dict[str, str]
+    licence: str
+    homepage: str
+    citation: str
+
+
+@dataclass(frozen=True)
+class Source:
+    """A folder of verified IDX files. Small to pickle: a task on the same machine opens the files again."""
+
+    folder: Path
+    facts: SourceFacts
+
+    def rows(self, split: str) -> int:
+        """Number of images in a split."""
+        return len(self.labels(split))
+
+    def labels(self, split: str) -> Pixels:
+        """Labels uint8 (N,)."""
+        return np.asarray(open_idx(self.folder / LABELS[split], ndim=1))
+
+    def read(self, split: str, rows: npt.NDArray[np.int64]) -> Pixels:
+        """Images uint8 (n, height, width) of the given rows, copied out of the file."""
+        return np.asarray(open_idx(self.folder / IMAGES[split], ndim=3)[rows])
+
+
+def open_source(folder: Path) -> Source:
+    """The dataset in `folder`, once all its files have the sha256 they were left with. Raises DataError if not."""
+    try:
+        facts = SourceFacts.model_validate_json((folder / FACTS).read_bytes())
+    except FileNotFoundError:
+        raise DataError(f"{folder}: holds no {FACTS}; fetch the dataset again") from None
+    except ValidationError as error:
+        raise DataError(f"{folder / FACTS}: {str(error).splitlines()[0]}; delete it and fetch again") from None
+    for name in FILES:
+        try:
+            found = file_sha256(folder / name)
+        except FileNotFoundError:
+            raise DataError(f"{folder / name}: missing; fetch the dataset again") from None
+        if found != facts.sha256.get(name):
+            raise DataError(f"{folder / name}: altered since it was fetched; delete it and fetch again")
+    return Source(folder, facts)
+
+
+def file_sha256(file: Path) -> str:
+    """Hex digest of a file's bytes, read a block at a time."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
