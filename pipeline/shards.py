@@ -1,4 +1,4 @@
-"""Parquet shards and their manifest: from arrays to the object store and back.
+"""Parquet shards and their manifest: the format, and reading it.
 
 A dataset version is a folder of shards that nobody changes, named by what it is made of, and a manifest that is
 written last: no manifest, no dataset. The same input gives the same bytes and the same digest.
@@ -7,6 +7,7 @@ written last: no manifest, no dataset. The same input gives the same bytes and t
 import hashlib
 import json
 import logging
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
@@ -15,26 +16,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from pipeline.catalog import SPLITS, Dataset
-from pipeline.errors import DataError
+from pipeline.errors import DataError, StorageError
 from pipeline.idx import Pixels
-from pipeline.order import share
 from pipeline.storage import Store, sha256
 
 log = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
-# 10,000 rows of 784 bytes: row groups of 8 MB, small enough to stream, large enough to compress.
-ROW_GROUP_ROWS = 10_000
-READ_THREADS = 8
-
-
-class ShardConfig(BaseModel):
-    """How the dataset is laid out in the store."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    shards: int = Field(8, ge=1, le=1024, description="Number of Parquet files for each split.")
+FORMAT_VERSION = 2
+# Row groups of about 4 MB: small enough to stream, large enough to compress.
+ROW_GROUP_BYTES = 4_000_000
+READ_THREADS = 4
 
 
 class Shard(BaseModel):
@@ -43,9 +34,24 @@ class Shard(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     name: str = Field(pattern=r"^[a-z]+-\d{5}-of-\d{5}\.parquet$")
-    rows: int = Field(ge=0)
-    bytes: int = Field(ge=0)
+    rows: int = Field(ge=1)
+    bytes: int = Field(ge=1)
     sha256: str
+
+
+class DataReport(BaseModel):
+    """What the pixels and labels are like.
+
+    `class_counts` by split, in the order of the classes; mean and standard deviation of the training pixels, 0 to 1;
+    `duplicates` says how many images of a held-out split are, pixel by pixel, training images too.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    class_counts: dict[str, tuple[int, ...]]
+    pixel_mean: float
+    pixel_std: float
+    duplicates: dict[str, int]
 
 
 class Manifest(BaseModel):
@@ -53,29 +59,38 @@ class Manifest(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    format_version: Literal[1]
+    format_version: Literal[2]
     dataset: str
     folder: str
     image_shape: tuple[int, int]
     columns: dict[str, str]
     classes: tuple[str, ...]
     splits: dict[str, tuple[Shard, ...]]
-    source_sha256: dict[str, str]
+    report: DataReport
+    made_of: dict[str, str]
+    conversion: dict[str, str | int | float]
+    licence: str
+    homepage: str
+    citation: str
     digest: str
 
     def rows(self, split: str) -> int:
-        return sum(shard.rows for shard in self.splits[split])
+        """Images in a split; none in one that there is not."""
+        return sum(shard.rows for shard in self.splits.get(split, ()))
 
     @property
     def version(self) -> str:
         """The digest's first 12 digits: what people and reports call the version."""
         return self.digest[:12]
 
+    @property
+    def held_out(self) -> str:
+        """The split to look at while training: the test split is for the end, if there is another."""
+        return "validation" if "validation" in self.splits else "test"
 
-def dataset_folder(dataset: Dataset, config: ShardConfig) -> str:
-    """Key of the folder for `dataset` laid out as `config` says: known before a byte is fetched."""
-    made_of = [FORMAT_VERSION, config.shards, [file.sha256 for file in dataset.files]]
-    return f"datasets/{dataset.name}/{sha256(json.dumps(made_of).encode())[:16]}"
+    def pixel_bytes(self, split: str) -> int:
+        """Bytes of a split's images in memory."""
+        return self.rows(split) * self.image_shape[0] * self.image_shape[1]
 
 
 def find_manifest(store: Store, folder: str) -> Manifest | None:
@@ -97,39 +112,9 @@ def find_manifest(store: Store, folder: str) -> Manifest | None:
         manifest = Manifest.model_validate(content)
     except (ValueError, AttributeError, ValidationError) as error:
         raise DataError(f"{where}: not a manifest ({str(error).splitlines()[0]}); {_rebuild(store, folder)}") from None
-    if manifest.digest != _digest(manifest):
+    if manifest.digest != digest_of(manifest):
         raise DataError(f"{where}: its digest does not match its content; {_rebuild(store, folder)}")
     return manifest
-
-
-def write_shards(
-    store: Store, dataset: Dataset, splits: dict[str, tuple[Pixels, Pixels]], config: ShardConfig
-) -> Manifest:
-    """Shard images uint8 (N, height, width) and labels uint8 (N,) by split; the manifest is written last.
-
-    There is nothing to do if the manifest is there already.
-    """
-    folder = dataset_folder(dataset, config)
-    if manifest := find_manifest(store, folder):
-        return manifest
-    first_image = splits["train"][0][0]
-    manifest = Manifest(
-        format_version=1,
-        dataset=dataset.name,
-        folder=folder,
-        image_shape=first_image.shape,
-        columns={column.name: str(column.type) for column in _schema(first_image.size)},
-        classes=dataset.classes,
-        splits={
-            split: tuple(_write_split(store, folder, split, images, labels, config.shards))
-            for split, (images, labels) in splits.items()
-        },
-        source_sha256={file.name: file.sha256 for file in dataset.files},
-        digest="",
-    )
-    manifest = manifest.model_copy(update={"digest": _digest(manifest)})
-    store.keep(f"{folder}/manifest.json", manifest.model_dump_json(indent=2).encode())
-    return require_manifest(store, folder)
 
 
 def require_manifest(store: Store, folder: str) -> Manifest:
@@ -140,14 +125,45 @@ def require_manifest(store: Store, folder: str) -> Manifest:
     return manifest
 
 
+def list_manifests(store: Store) -> list[Manifest]:
+    """Every dataset version in the store, by name and version."""
+    folders = [key.removesuffix("/manifest.json") for key in store.keys("datasets") if key.endswith("/manifest.json")]
+    return sorted((require_manifest(store, folder) for folder in folders), key=lambda m: (m.dataset, m.digest))
+
+
+def digest_of(manifest: Manifest) -> str:
+    """The sha256 (hex) over all of a manifest but its digest."""
+    content = manifest.model_dump(mode="json", exclude={"digest"})
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
 def verify_shards(store: Store, manifest: Manifest) -> None:
     """Read every shard once and compare its size and sha256. Raises DataError naming the first that differs."""
-    every = [shard for split in SPLITS for shard in manifest.splits[split]]
+    every = [(split, number) for split, shards in manifest.splits.items() for number in range(len(shards))]
     with ThreadPoolExecutor(READ_THREADS) as pool:
-        for done in [pool.submit(_read_shard, store, manifest, shard) for shard in every]:
-            done.result()
-    rows = " and ".join(f"{manifest.rows(split):,} {split}" for split in SPLITS)
+        for _ in pool.map(lambda which: _checked_bytes(store, manifest, *which) and None, every):
+            pass
+    rows = ", ".join(f"{manifest.rows(split):,} {split}" for split in manifest.splits)
     log.info("%s version %s: %s images in %d shards verified", manifest.dataset, manifest.version, rows, len(every))
+
+
+def read_shard(store: Store, manifest: Manifest, split: str, number: int) -> tuple[Pixels, Pixels]:
+    """Shard `number` of a split: images uint8 (n, height, width) and labels uint8 (n,), not writable.
+
+    It is read whole and checked against the manifest. Raises DataError for a shard that is missing, altered or not
+    what the manifest says.
+    """
+    shard = manifest.splits[split][number]
+    data = _checked_bytes(store, manifest, split, number)
+    try:
+        images, labels = decode_shard(data, manifest.image_shape)
+    except DataError as error:
+        raise _bad(store, manifest, shard, str(error)) from None
+    if len(images) != shard.rows:
+        raise _bad(store, manifest, shard, f"{len(images)} rows, the manifest says {shard.rows}")
+    if labels.max() >= len(manifest.classes):
+        raise _bad(store, manifest, shard, f"label {labels.max()} of {len(manifest.classes)} classes")
+    return images, labels
 
 
 def read_rows(
@@ -155,20 +171,18 @@ def read_rows(
 ) -> tuple[Pixels, Pixels]:
     """Rows start..stop of a split: images uint8 (n, height, width) and labels uint8 (n,), writable arrays.
 
-    Only the shards that hold those rows are read, each whole and checked against the manifest.
-    Raises DataError for a shard that is missing, altered or not what the manifest says.
+    Only the shards that hold those rows are read, as `read_shard` does.
     """
     rows = manifest.rows(split)
     stop = rows if stop is None else stop
     if not 0 <= start <= stop <= rows:
         raise DataError(f"{store.locate(manifest.folder)}: {split} has {rows} rows, not {start} to {stop}")
-    height, width = manifest.image_shape
-    images = np.empty((stop - start, height, width), np.uint8)
+    images = np.empty((stop - start, *manifest.image_shape), np.uint8)
     labels = np.empty(stop - start, np.uint8)
 
-    def load(first_row: int, shard: Shard) -> None:
-        pixels, classes = _read_shard(store, manifest, shard)
-        skip, take = max(start - first_row, 0), min(stop - first_row, shard.rows)
+    def load(number: int, first_row: int) -> None:
+        pixels, classes = read_shard(store, manifest, split, number)
+        skip, take = max(start - first_row, 0), min(stop - first_row, len(classes))
         into = slice(first_row + skip - start, first_row + take - start)
         images[into] = pixels[skip:take]
         labels[into] = classes[skip:take]
@@ -179,84 +193,84 @@ def read_rows(
     return images, labels
 
 
-def overlapping(shards: tuple[Shard, ...], start: int, stop: int) -> list[tuple[int, Shard]]:
-    """The shards that hold any of the rows start..stop of their split, each with the row it begins at."""
-    found, first_row = [], 0
-    for shard in shards:
+def overlapping(shards: tuple[Shard, ...], start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """Number and first row of each shard that holds any of the rows start..stop of its split."""
+    first_row = 0
+    for number, shard in enumerate(shards):
         if max(start, first_row) < min(stop, first_row + shard.rows):
-            found.append((first_row, shard))
+            yield number, first_row
         first_row += shard.rows
-    return found
 
 
-def _schema(image_bytes: int) -> pa.Schema:
+def schema_of(image_bytes: int) -> pa.Schema:
+    """The columns of a shard: the row's number in its split at the source, its pixels row by row, its class."""
     # fixed_size_binary reads 10 times faster than a fixed-shape tensor (0.04 s against 0.39 s for 60,000 images):
     # Parquet stores the latter as a list, with a level for every pixel.
     return pa.schema([("row_id", pa.uint32()), ("image", pa.binary(image_bytes)), ("label", pa.uint8())])
 
 
-def _write_split(store: Store, folder: str, split: str, images: Pixels, labels: Pixels, n_shards: int) -> list[Shard]:
-    written = []
-    for index in range(n_shards):
-        rows = slice(*share(len(images), index, n_shards))
-        data = encode_shard(images[rows], labels[rows], first_row=rows.start)
-        name = f"{split}-{index:05d}-of-{n_shards:05d}.parquet"
-        store.put(f"{folder}/{name}", data)
-        written.append(Shard(name=name, rows=rows.stop - rows.start, bytes=len(data), sha256=sha256(data)))
-    return written
-
-
-def encode_shard(images: Pixels, labels: Pixels, first_row: int) -> bytes:
-    """The Parquet file of images uint8 (n, height, width) and labels uint8 (n,); row ids count up from first_row."""
+def encode_shard(images: Pixels, labels: Pixels, rows: np.ndarray[tuple[int], np.dtype[np.int64]]) -> bytes:
+    """The Parquet file of images uint8 (n, height, width), labels uint8 (n,) and their row numbers (n,)."""
     image_bytes = int(np.prod(images.shape[1:]))
     pixels = pa.py_buffer(np.ascontiguousarray(images))
     table = pa.Table.from_arrays(
         [
-            pa.array(np.arange(first_row, first_row + len(images), dtype=np.uint32)),
+            pa.array(rows.astype(np.uint32)),
             pa.FixedSizeBinaryArray.from_buffers(pa.binary(image_bytes), len(images), [None, pixels]),
             pa.array(labels),
         ],
-        schema=_schema(image_bytes),
+        schema=schema_of(image_bytes),
     )
     sink = pa.BufferOutputStream()
     # Neither a dictionary nor statistics says anything about pixels; both cost time and bytes.
     pq.write_table(
-        table, sink, compression="zstd", use_dictionary=False, write_statistics=False, row_group_size=ROW_GROUP_ROWS
+        table,
+        sink,
+        compression="zstd",
+        use_dictionary=False,
+        write_statistics=False,
+        row_group_size=max(1, ROW_GROUP_BYTES // image_bytes),
     )
     return bytes(sink.getvalue())
 
 
 def decode_shard(data: bytes, image_shape: tuple[int, int]) -> tuple[Pixels, Pixels]:
     """Images and labels of a Parquet file written by `encode_shard`. Raises DataError for another schema."""
+    expected = schema_of(image_shape[0] * image_shape[1])
     try:
-        table = pq.read_table(pa.BufferReader(data)).combine_chunks()
+        file = pq.ParquetFile(pa.BufferReader(data))
+        schema = file.schema_arrow.remove_metadata()
+        if schema != expected:
+            raise DataError(f"its columns are {_columns(schema)}, not {_columns(expected)}")
+        table = file.read(columns=["image", "label"]).combine_chunks()
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"not a Parquet file ({str(error).splitlines()[0]})") from None
-    schema = _schema(image_shape[0] * image_shape[1])
-    if table.schema.remove_metadata() != schema:
-        raise DataError(f"its columns are {_columns(table.schema)}, not {_columns(schema)}")
     if table.num_rows == 0:
         return np.empty((0, *image_shape), np.uint8), np.empty(0, np.uint8)
+    if any(column.null_count for column in table.columns):
+        raise DataError("it holds nulls")
     column = table["image"].chunk(0)
     pixels = np.frombuffer(column.buffers()[1], np.uint8, count=table.num_rows * column.type.byte_width)
     return pixels.reshape(-1, *image_shape), table["label"].to_numpy()
 
 
-def _read_shard(store: Store, manifest: Manifest, shard: Shard) -> tuple[Pixels, Pixels]:
+def _checked_bytes(store: Store, manifest: Manifest, split: str, number: int) -> bytes:
+    shard = manifest.splits[split][number]
     key = f"{manifest.folder}/{shard.name}"
-    where, remedy = store.locate(key), _rebuild(store, manifest.folder)
-    if not store.exists(key):
-        raise DataError(f"{where}: shard is missing; {remedy}")
-    data = store.read(key)
-    if len(data) != shard.bytes or sha256(data) != shard.sha256:
-        raise DataError(f"{where}: shard is altered, its sha256 is not the manifest's; {remedy}")
     try:
-        images, labels = decode_shard(data, manifest.image_shape)
-    except DataError as error:
-        raise DataError(f"{where}: {error}; {remedy}") from None
-    if len(images) != shard.rows:
-        raise DataError(f"{where}: {len(images)} rows, the manifest says {shard.rows}; {remedy}")
-    return images, labels
+        data = store.read(key)
+    except StorageError:
+        if store.exists(key):
+            raise
+        raise _bad(store, manifest, shard, "shard is missing") from None
+    if len(data) != shard.bytes or sha256(data) != shard.sha256:
+        raise _bad(store, manifest, shard, "shard is altered, its sha256 is not the manifest's")
+    return data
+
+
+def _bad(store: Store, manifest: Manifest, shard: Shard, what: str) -> DataError:
+    where = store.locate(f"{manifest.folder}/{shard.name}")
+    return DataError(f"{where}: {what}; {_rebuild(store, manifest.folder)}")
 
 
 def _columns(schema: pa.Schema) -> str:
@@ -265,8 +279,3 @@ def _columns(schema: pa.Schema) -> str:
 
 def _rebuild(store: Store, folder: str) -> str:
     return f"delete {store.locate(folder)} and run again to rebuild it"
-
-
-def _digest(manifest: Manifest) -> str:
-    content = manifest.model_dump(mode="json", exclude={"digest"})
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

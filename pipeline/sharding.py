@@ -1,0 +1,253 @@
+"""From a source to Parquet shards in the store: which row goes where, the shards in parallel, the manifest last.
+
+Each shard is written by one task that holds one shard in memory. A task leaves the shard and then a receipt; what
+has a receipt is not done again, so a run that broke off goes on where it stopped. Readers see nothing of it before
+the manifest is there.
+"""
+
+import base64
+import hashlib
+import json
+import logging
+import math
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from pipeline.errors import DataError
+from pipeline.idx import Pixels
+from pipeline.order import Rows, hold_out, share
+from pipeline.shards import (
+    FORMAT_VERSION,
+    DataReport,
+    Manifest,
+    Shard,
+    digest_of,
+    encode_shard,
+    find_manifest,
+    require_manifest,
+    schema_of,
+)
+from pipeline.source import Source
+from pipeline.storage import Store, sha256
+
+log = logging.getLogger(__name__)
+
+MIB = 2**20
+MAX_SHARDS = 99_999
+THREADS = 2  # compressing is what takes time; with two, one compresses while the other writes
+RECEIPTS = "parts"
+DIGEST_BYTES = 16  # of an image's content: two that agree are the same image
+
+
+class ShardConfig(BaseModel):
+    """How the dataset is laid out in the store."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    shard_mib: float = Field(8, gt=0, le=1024, description="Size of a shard's pixels, in MiB before compression.")
+    validation_fraction: float = Field(
+        0,
+        ge=0,
+        le=0.5,
+        description="Part of each class's training images to hold out for validation. Above 0, epochs are judged by "
+        "these, and the test images are looked at once, at the end.",
+    )
+
+
+class Part(BaseModel):
+    """The receipt of one shard: what the manifest says of it, and what the data report needs."""
+
+    model_config = ConfigDict(frozen=True)
+
+    shard: Shard
+    class_counts: tuple[int, ...]
+    pixel_sum: int
+    pixel_square_sum: int
+    content: str
+
+    def digests(self) -> list[bytes]:
+        """The digest of every image."""
+        content = base64.b64decode(self.content)
+        return [content[start : start + DIGEST_BYTES] for start in range(0, len(content), DIGEST_BYTES)]
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """One shard to write: rows of a source's split, in the order given."""
+
+    store: Store
+    source: Source
+    folder: str
+    name: str
+    split: str
+    rows: Rows
+
+
+Run = Callable[[Callable[[ShardTask], Part], Iterable[ShardTask]], Iterator[Part]]
+
+
+def run_in_threads(work: Callable[[ShardTask], Part], tasks: Iterable[ShardTask]) -> Iterator[Part]:
+    """The parts in the order of the tasks, a few at work at a time."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        waiting = iter(tasks)
+        running = [pool.submit(work, task) for task in islice(waiting, 2 * THREADS)]
+        while running:
+            yield running.pop(0).result()
+            running += [pool.submit(work, task) for task in islice(waiting, 1)]
+
+
+def dataset_folder(
+    dataset: str, made_of: Mapping[str, str], conversion: Mapping[str, object], config: ShardConfig
+) -> str:
+    """Key of the folder for a dataset laid out as `config` says: known before a byte of a published one is fetched."""
+    version = [FORMAT_VERSION, config.shard_mib, config.validation_fraction, dict(made_of), dict(conversion)]
+    return f"datasets/{dataset}/{sha256(json.dumps(version, sort_keys=True).encode())[:16]}"
+
+
+def plan_splits(source: Source, config: ShardConfig) -> dict[str, tuple[str, Rows]]:
+    """For each split of the dataset: the source's split and its rows int64 (n,), ascending. Held-out splits first."""
+    labels = source.labels("train")
+    held = hold_out(labels, config.validation_fraction)
+    splits = {"test": ("test", np.arange(source.rows("test")))}
+    if held.any():
+        splits["validation"] = ("train", np.flatnonzero(held))
+    splits["train"] = ("train", np.flatnonzero(~held))
+    return splits
+
+
+def plan_shards(rows: int, image_bytes: int, config: ShardConfig) -> list[tuple[int, int]]:
+    """Start and stop of each shard of a split: as few equal ones as keep to the target size, one row at least."""
+    count = min(rows, max(1, math.ceil(rows * image_bytes / (config.shard_mib * MIB))))
+    if count > MAX_SHARDS:
+        raise DataError(f"{rows:,} images make {count:,} shards of shard_mib={config.shard_mib:g}; use larger ones")
+    return [share(rows, index, count) for index in range(count)]
+
+
+def write_shards(store: Store, source: Source, config: ShardConfig, run: Run = run_in_threads) -> Manifest:
+    """Shard a source, `run` doing the tasks; the manifest is written last. Nothing to do if it is there already.
+
+    Raises DataError for a class without training images.
+    """
+    facts = source.facts
+    folder = dataset_folder(facts.dataset, facts.made_of, facts.conversion, config)
+    if manifest := find_manifest(store, folder):
+        return manifest
+    image_bytes = facts.image_shape[0] * facts.image_shape[1]
+    shards: dict[str, tuple[Shard, ...]] = {}
+    census = _Census(len(facts.classes))
+    for split, (source_split, rows) in plan_splits(source, config).items():
+        ranges = plan_shards(len(rows), image_bytes, config)
+        tasks = (
+            ShardTask(
+                store,
+                source,
+                folder,
+                f"{split}-{index:05d}-of-{len(ranges):05d}.parquet",
+                source_split,
+                rows[slice(*range_)],
+            )
+            for index, range_ in enumerate(ranges)
+        )
+        shards[split] = tuple(census.take(split, part, image_bytes) for part in run(write_shard, tasks))
+    report = census.report()
+    for name, count in zip(facts.classes, report.class_counts["train"], strict=True):
+        if count == 0:
+            raise DataError(f"{facts.dataset}: class {name!r} has no training image; leave it out of the classes")
+    manifest = Manifest(
+        format_version=2,
+        dataset=facts.dataset,
+        folder=folder,
+        image_shape=facts.image_shape,
+        columns={column.name: str(column.type) for column in schema_of(image_bytes)},
+        classes=facts.classes,
+        splits={split: shards[split] for split in ("train", "validation", "test") if split in shards},
+        report=report,
+        made_of=facts.made_of,
+        conversion=facts.conversion,
+        licence=facts.licence,
+        homepage=facts.homepage,
+        citation=facts.citation,
+        digest="",
+    )
+    manifest = manifest.model_copy(update={"digest": digest_of(manifest)})
+    store.keep(f"{folder}/manifest.json", manifest.model_dump_json(indent=2).encode())
+    store.delete(f"{folder}/{RECEIPTS}")
+    return require_manifest(store, folder)
+
+
+def write_shard(task: ShardTask) -> Part:
+    """Write one shard and its receipt, or find them written."""
+    receipt = f"{task.folder}/{RECEIPTS}/{task.name}.json"
+    if (done := _find_part(task, receipt)) is not None:
+        return done
+    images, labels = task.source.read(task.split, task.rows), task.source.labels(task.split)[task.rows]
+    data = encode_shard(images, labels, task.rows)
+    task.store.put(f"{task.folder}/{task.name}", data)
+    flat = images.reshape(len(images), -1)
+    part = Part(
+        shard=Shard(name=task.name, rows=len(images), bytes=len(data), sha256=sha256(data)),
+        class_counts=tuple(np.bincount(labels, minlength=len(task.source.facts.classes)).tolist()),
+        pixel_sum=int(flat.sum(dtype=np.int64)),
+        pixel_square_sum=int(np.einsum("ij,ij->", flat, flat, dtype=np.int64)),
+        content=base64.b64encode(b"".join(_content(row) for row in flat)).decode(),
+    )
+    task.store.put(receipt, part.model_dump_json().encode())
+    return part
+
+
+def _find_part(task: ShardTask, receipt: str) -> Part | None:
+    if not task.store.exists(receipt):
+        return None
+    try:
+        part = Part.model_validate_json(task.store.read(receipt))
+    except ValidationError:
+        return None
+    return part if sha256(task.store.read(f"{task.folder}/{task.name}")) == part.shard.sha256 else None
+
+
+def _content(row: Pixels) -> bytes:
+    return hashlib.blake2b(row, digest_size=DIGEST_BYTES).digest()
+
+
+class _Census:
+    """Adds up the parts as they come, the held-out splits' first: only their images' digests are kept in memory."""
+
+    def __init__(self, n_classes: int) -> None:
+        self.class_counts: dict[str, npt.NDArray[np.int64]] = defaultdict(lambda: np.zeros(n_classes, np.int64))
+        self.held_out: dict[str, Counter[bytes]] = defaultdict(Counter)
+        self.in_train: set[bytes] = set()
+        self.pixels = self.pixel_sum = self.pixel_square_sum = 0
+
+    def take(self, split: str, part: Part, image_bytes: int) -> Shard:
+        """Count a part; its shard."""
+        self.class_counts[split] += part.class_counts
+        if split != "train":
+            self.held_out[split].update(part.digests())
+            return part.shard
+        self.pixels += part.shard.rows * image_bytes
+        self.pixel_sum += part.pixel_sum
+        self.pixel_square_sum += part.pixel_square_sum
+        for digests in self.held_out.values():
+            self.in_train |= digests.keys() & set(part.digests())
+        return part.shard
+
+    def report(self) -> DataReport:
+        """All of it together."""
+        mean = self.pixel_sum / self.pixels
+        variance = self.pixel_square_sum / self.pixels - mean**2
+        return DataReport(
+            class_counts={split: tuple(counts.tolist()) for split, counts in self.class_counts.items()},
+            pixel_mean=mean / 255,
+            pixel_std=math.sqrt(variance) / 255,
+            duplicates={
+                split: sum(digests[image] for image in digests.keys() & self.in_train)
+                for split, digests in self.held_out.items()
+            },
+        )
