@@ -70,7 +70,7 @@ def draw(history: History, epochs: int) -> Group:
     for name, curve, colour in (
         ("train loss", [epoch.train_loss for epoch in history], "blue"),
         ("train accuracy", [epoch.train_accuracy for epoch in history], "magenta"),
-        ("test accuracy", [epoch.test_accuracy for epoch in history], "green"),
+        ("test accuracy", [epoch.held_out_accuracy for epoch in history], "green"),
     ):
         plotext.plot(x, curve, label=name, color=colour, marker="braille")
     table = Table("epoch", "train loss", "train accuracy", "test accuracy", "images/s", box=None)
@@ -79,7 +79,7 @@ def draw(history: History, epochs: int) -> Group:
             f"{epoch.epoch}/{epochs}",
             f"{epoch.train_loss:.4f}",
             f"{epoch.train_accuracy:.4f}",
-            f"{epoch.test_accuracy:.4f}",
+            f"{epoch.held_out_accuracy:.4f}",
             f"{epoch.images_per_second:,.0f}",
         )
     return Group(Text.from_ansi(plotext.build()), table)

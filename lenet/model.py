@@ -25,18 +25,35 @@ class PadTo32(nn.Module):
         raise ValueError(f"images are {side}x{side}; LeNet takes 28x28 or 32x32")
 
 
-class LeNet(nn.Module):
-    """Float images (B, 1, 28, 28) or (B, 1, 32, 32) to float logits (B, n_classes).
+class Standardise(nn.Module):
+    """Pixels to mean 0 and standard deviation 1, given their own. Constants, so not in the state dict."""
 
-    Raises ValueError for any other shape, and for fewer than two classes.
+    def __init__(self, mean: float, std: float) -> None:
+        super().__init__()
+        if not std > 0:
+            raise ValueError(f"the pixels' standard deviation is {std}; it has to be above 0")
+        self.mean, self.std = mean, std
+
+    def forward(self, images: Tensor) -> Tensor:
+        return (images - self.mean) / self.std
+
+
+class LeNet(nn.Module):
+    """Float images (B, 1, 28, 28) or (B, 1, 32, 32), pixels 0 to 1, to float logits (B, n_classes).
+
+    Given the pixels' mean and standard deviation it standardises them first. Raises ValueError for any other shape,
+    and for fewer than two classes.
     """
 
-    def __init__(self, n_classes: int = 10) -> None:
+    def __init__(self, n_classes: int = 10, pixel_mean: float = 0.0, pixel_std: float = 1.0) -> None:
         super().__init__()
         if n_classes < 2:
             raise ValueError(f"n_classes is {n_classes}; a classifier needs at least 2")
         self.n_classes = n_classes
         self.pad = PadTo32()
+        if (pixel_mean, pixel_std) != (0.0, 1.0):
+            # After the border, which is black like the rest of the background.
+            self.standardise = Standardise(pixel_mean, pixel_std)
         self.conv1 = nn.Conv2d(1, 6, kernel_size=5)
         self.act1 = nn.Sigmoid()
         self.pool1 = nn.AvgPool2d(2)
@@ -56,6 +73,20 @@ class LeNet(nn.Module):
         for layer in self.children():
             x = layer(x)
         return x
+
+
+def fold_standardise(model: LeNet) -> LeNet:
+    """A LeNet that takes pixels as they are and gives the same logits, up to rounding, as one that standardises them:
+    the first convolution's weights and biases take it over."""
+    plain = LeNet(model.n_classes)
+    plain.load_state_dict(model.state_dict())
+    if hasattr(model, "standardise"):
+        mean, std = model.standardise.mean, model.standardise.std
+        weight, bias = (value.detach().double() for value in (model.conv1.weight, model.conv1.bias))
+        with torch.no_grad():
+            plain.conv1.weight.copy_(weight / std)
+            plain.conv1.bias.copy_(bias - weight.sum(dim=(1, 2, 3)) * (mean / std))
+    return plain
 
 
 @dataclass(frozen=True)

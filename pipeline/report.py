@@ -19,7 +19,7 @@ from pipeline.train import Training
 
 # Mid-tones that read on white and on near-black alike.
 BLUE, ORANGE, GREEN = "#4a86d8", "#d9792b", "#3f9c6b"
-ACCURACIES = {"train accuracy": ("train_accuracy", ORANGE), "test accuracy": ("test_accuracy", GREEN)}
+ACCURACIES = {"train accuracy": ("train_accuracy", ORANGE), "test accuracy": ("held_out_accuracy", GREEN)}
 
 
 class DatasetFacts(BaseModel):

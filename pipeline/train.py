@@ -8,7 +8,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,11 +19,15 @@ import ray.train
 import safetensors.torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from ray.train.torch import TorchTrainer
+from torch import Tensor
 
+from lenet.augment import Augment
+from lenet.model import fold_standardise
 from lenet.recipe import RECIPES, Recipe
-from pipeline.checkpoint import FILE_NAME, EpochMetrics, History, read_state
+from pipeline.checkpoint import FILE_NAME, EpochMetrics, History, Position, read_state
 from pipeline.cluster import ClusterConfig, ray_session
 from pipeline.errors import StorageError, TrainingError
+from pipeline.loader import LoadConfig, choose_loading
 from pipeline.shards import Manifest
 from pipeline.storage import Store, sha256
 from pipeline.worker import Job, train_worker
@@ -57,12 +61,30 @@ class TrainConfig(BaseModel):
         None, ge=1, le=1_000_000, description="Images in each optimizer step, over all workers together."
     )
     lr: float | None = Field(None, gt=0, le=100, description="Learning rate.")
-    seed: int = Field(0, ge=0, lt=2**63, description="Decides the initial weights and the order of the images.")
+    seed: int = Field(
+        0, ge=0, lt=2**63, description="Decides the initial weights, the order of the images and their augmentation."
+    )
+    standardise: bool | None = Field(
+        None, description="Shift and scale pixels to mean 0 and standard deviation 1 over the training images."
+    )
+    flip: float | None = Field(None, ge=0, le=1, description="Probability to mirror a training image left to right.")
+    shift: int | None = Field(None, ge=0, le=16, description="Pixels by which to shift training images at most.")
+    rotate: float | None = Field(None, ge=0, le=180, description="Degrees to turn training images by at most.")
+    scale: float | None = Field(
+        None, ge=0, lt=1, description="Part by which to grow or shrink training images at most."
+    )
+    erase: int | None = Field(None, ge=0, le=28, description="Side in pixels of a square to black out in each.")
+    checkpoint_steps: int | None = Field(
+        None, ge=1, description="Keep a checkpoint after every so many steps too, not only after every epoch."
+    )
 
     def resolved(self) -> Recipe:
         """The recipe with the values given here in place of its own."""
-        given = {name: getattr(self, name) for name in ("epochs", "global_batch_size", "lr")}
-        return replace(RECIPES[self.recipe], **{name: value for name, value in given.items() if value is not None})
+        recipe = RECIPES[self.recipe]
+        given = {name: value for name, value in self if value is not None}
+        own = {name: given[name] for name in ("epochs", "global_batch_size", "lr", "standardise") if name in given}
+        changes = {field.name: given[field.name] for field in fields(Augment) if field.name in given}
+        return replace(recipe, **own, augment=replace(recipe.augment, **changes))
 
 
 class Training(BaseModel):
@@ -97,6 +119,7 @@ def fit(
     manifest: Manifest,
     config: TrainConfig,
     cluster: ClusterConfig,
+    load: LoadConfig,
     on_epoch: OnEpoch = lambda epoch: None,
 ) -> Training:
     """Train to the last epoch, from the run's last checkpoint if it has one, and store the candidate's weights.
@@ -107,21 +130,28 @@ def fit(
     if done := find_training(store, run_id):
         return done
     started = time.perf_counter()
-    job = Job(store.url, manifest, config.resolved(), config.seed)
-    log.info("starting %d Ray workers for %d epochs", cluster.workers, job.recipe.epochs)
+    loading = choose_loading(manifest, load)
+    job = Job(store.url, manifest, config.resolved(), config.seed, loading, config.checkpoint_steps)
+    log.info(
+        "starting %d Ray workers for %d epochs; training images (%.0f MiB) are %s",
+        cluster.workers,
+        job.recipe.epochs,
+        manifest.pixel_bytes("train") / 2**20,
+        "resident in each" if loading == "resident" else "streamed",
+    )
     with ray_session(cluster) as gpu, _progress(store, run_id, on_epoch):
-        weights, history = _run_workers(store, run_id, job, cluster, gpu)
-    if len(history) < job.recipe.epochs:
+        weights, position = _run_workers(store, run_id, job, cluster, gpu)
+    if position.epoch <= job.recipe.epochs:
         raise TrainingError(
-            f"the loss became infinite or undefined in epoch {len(history) + 1} with lr={job.recipe.lr:g}; lower lr"
+            f"the loss became infinite or undefined in epoch {position.epoch} with lr={job.recipe.lr:g}; lower lr"
         )
-    candidate = safetensors.torch.save(weights)
+    candidate = safetensors.torch.save(_plain(job, weights))
     digest = sha256(candidate)
     # Named by content: two attempts, perhaps on other workers, that end at the same time do not overwrite each other.
     key = f"{staging(run_id)}/candidate-{digest[:16]}.safetensors"
     store.put(key, candidate)
     training = Training(
-        history=history,
+        history=position.history,
         candidate=key,
         candidate_sha256=digest,
         parameters=sum(tensor.numel() for tensor in weights.values()),
@@ -136,8 +166,8 @@ def fit(
 
 def _run_workers(
     store: Store, run_id: str, job: Job, cluster: ClusterConfig, gpu: bool
-) -> tuple[dict[str, Any], History]:
-    """Run Ray Train to its end; the weights and the history of the last checkpoint."""
+) -> tuple[dict[str, Tensor], Position]:
+    """Run Ray Train to its end; the weights and the position of the last checkpoint."""
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"job": job},
@@ -169,10 +199,18 @@ def _run_workers(
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, interrupt)
     if checkpoint is None:
-        return {}, []
+        return {}, Position()
     with tempfile.TemporaryDirectory() as folder:
         pyarrow.fs.copy_files(checkpoint.path, folder, source_filesystem=checkpoint.filesystem, use_threads=False)
         return read_state(Path(folder) / FILE_NAME)
+
+
+def _plain(job: Job, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of a LeNet that takes pixels as they are, whatever was done to them in training."""
+    report = job.manifest.report
+    model = job.recipe.build_model(len(job.manifest.classes), job.seed, report.pixel_mean, report.pixel_std)
+    model.load_state_dict(weights)
+    return {name: value.contiguous() for name, value in fold_standardise(model).state_dict().items()}
 
 
 class _WriteProgress(ray.train.UserCallback):
@@ -183,9 +221,9 @@ class _WriteProgress(ray.train.UserCallback):
         self.run_id = run_id
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+        if checkpoint is None or "step" in metrics[0]:
+            return  # an epoch that went wrong and will be named as an error, or one that is not over
         epoch = EpochMetrics.model_validate(metrics[0])
-        if checkpoint is None:
-            return  # the epoch went wrong and will be named as an error
         self.store.put(f"{_progress_folder(self.run_id)}/{epoch.epoch:05d}.json", epoch.model_dump_json().encode())
 
 

@@ -13,10 +13,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lenet.augment import augment
 from lenet.recipe import Recipe
 from lenet.step import evaluate_step, metrics_of, no_counts, train_step
-from pipeline.checkpoint import EpochMetrics, History, load_state, save_state
-from pipeline.order import epoch_order, rank_batches, share
+from pipeline.checkpoint import EpochMetrics, Position, load_state, save_state
+from pipeline.loader import Loader, Loading, Place, open_loader
+from pipeline.order import share
 from pipeline.shards import Manifest, read_rows
 from pipeline.storage import open_store
 
@@ -31,6 +33,8 @@ class Job:
     manifest: Manifest
     recipe: Recipe
     seed: int
+    loading: Loading
+    checkpoint_steps: int | None
 
 
 @dataclass(frozen=True)
@@ -41,75 +45,99 @@ class Split:
     labels: Tensor
 
 
+@dataclass(frozen=True)
+class Session:
+    """A rank at work. `parallel` is `model` as DDP wraps it."""
+
+    job: Job
+    place: Place
+    model: nn.Module
+    parallel: nn.Module
+    optimizer: torch.optim.Optimizer
+    loader: Loader
+
+
 def train_worker(config: dict[str, Any]) -> None:
-    """Train `config["job"]`, going on from the run's last checkpoint if there is one; one report per epoch."""
+    """Train `config["job"]` from where the run's last checkpoint stands; a report for every epoch."""
     job: Job = config["job"]
-    context = ray.train.get_context()
-    rank, world_size = context.get_world_rank(), context.get_world_size()
-    device = ray.train.torch.get_device()
-
-    model = job.recipe.build_model(len(job.manifest.classes), job.seed)
-    model = model.to(device).to(memory_format=torch.channels_last)  # 1.7 times as fast as NCHW on CPUs
-    optimizer = job.recipe.build_optimizer(model.parameters(), job.recipe.lr)
-    history = _restore(model, optimizer)
-    parallel = ray.train.torch.prepare_model(
-        model, move_to_device=False, parallel_strategy_kwargs={"gradient_as_bucket_view": True}
-    )
-    # A row may fall to any rank in the next epoch, so each keeps the whole training split: 47 MB of uint8. Of the
-    # test split it reads its share.
-    train_split = load_split(job, "train", 0, 1, device)
-    test_split = load_split(job, "test", rank, world_size, device)
-
-    for epoch in range(len(history) + 1, job.recipe.epochs + 1):
-        started = time.perf_counter()
-        train = metrics_of(summed(train_epoch(job, parallel, optimizer, train_split, epoch, rank, world_size)))
-        seconds = time.perf_counter() - started
-        test = metrics_of(summed(evaluate_split(model, test_split)))
+    session, position = _begin(job)
+    held_out = load_share(session.place, job.manifest.held_out)
+    while position.epoch <= job.recipe.epochs:
+        train = metrics_of(_train_epoch(session, position))
+        test = metrics_of(summed(evaluate_split(session.model, held_out)))
         metrics = EpochMetrics(
-            epoch=epoch,
+            epoch=position.epoch,
+            held_out=job.manifest.held_out,
             train_loss=train.loss,
             train_accuracy=train.accuracy,
-            test_loss=test.loss,
-            test_accuracy=test.accuracy,
-            seconds=seconds,
-            images_per_second=train.images / seconds,
+            held_out_loss=test.loss,
+            held_out_accuracy=test.accuracy,
+            seconds=position.seconds,
+            images_per_second=train.images / position.seconds,
         )
         if not math.isfinite(train.loss):
             # Every rank sees the same sum and stops here. No checkpoint: the last good one stays the last.
             ray.train.report(metrics.model_dump())
             return
-        history.append(metrics)
-        _report(rank, model, optimizer, history)
+        position = Position(epoch=position.epoch + 1, history=[*position.history, metrics])
+        _report(session, position, metrics.model_dump())
 
 
-def load_split(job: Job, name: str, rank: int, world_size: int, device: torch.device) -> Split:
-    """This rank's share of a split, read from the Parquet shards and checked."""
-    start, stop = share(job.manifest.rows(name), rank, world_size)
-    images, labels = read_rows(open_store(job.store_url), job.manifest, name, start, stop)
-    return Split(torch.from_numpy(images).to(device), torch.from_numpy(labels).to(device))
+def _begin(job: Job) -> tuple[Session, Position]:
+    """Model, optimizer and loader of this rank, as the last checkpoint left them, and where that stands."""
+    context = ray.train.get_context()
+    manifest, recipe, device = job.manifest, job.recipe, ray.train.torch.get_device()
+    model = recipe.build_model(len(manifest.classes), job.seed, manifest.report.pixel_mean, manifest.report.pixel_std)
+    model = model.to(device).to(memory_format=torch.channels_last)  # 1.7 times as fast as NCHW on CPUs
+    optimizer = recipe.build_optimizer(model.parameters(), recipe.lr)
+    position = _restore(model, optimizer)
+    parallel = ray.train.torch.prepare_model(
+        model, move_to_device=False, parallel_strategy_kwargs={"gradient_as_bucket_view": True}
+    )
+    place = Place(
+        store=open_store(job.store_url),
+        manifest=manifest,
+        split="train",
+        seed=job.seed,
+        global_batch_size=recipe.global_batch_size,
+        rank=context.get_world_rank(),
+        world_size=context.get_world_size(),
+        device=device,
+    )
+    return Session(job, place, model, parallel, optimizer, open_loader(job.loading, place)), position
 
 
-def train_epoch(
-    job: Job,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    split: Split,
-    epoch: int,
-    rank: int = 0,
-    world_size: int = 1,
-) -> Tensor:
-    """One pass over the global batches of `epoch`; the counts of this rank's slices, still on the device."""
-    model.train()
-    device = split.images.device
-    rows = len(split.labels)
-    order = torch.from_numpy(epoch_order(rows, job.seed, epoch)).to(device)
-    counts = no_counts(device)
-    for start, stop, batch in rank_batches(rows, job.recipe.global_batch_size, rank, world_size):
-        index = order[start:stop]
+def _train_epoch(session: Session, position: Position) -> Tensor:
+    """Train from `position`, which is kept up to date, to the end of its epoch; the epoch's counts over all ranks."""
+    job, place = session.job, session.place
+    session.parallel.train()
+    # What was counted before the checkpoint counts once, however many ranks there are now.
+    counts = torch.tensor(position.counts, dtype=torch.float64, device=place.device) * (place.rank == 0)
+    started = time.perf_counter() - position.seconds
+    for step, batch in enumerate(session.loader.batches(position.epoch, position.step), start=position.step + 1):
         counts += train_step(
-            model, optimizer, split.images[index], split.labels[index], global_batch=batch, world_size=world_size
+            session.parallel,
+            session.optimizer,
+            augment(batch.images, batch.rows, job.recipe.augment, job.seed, position.epoch),
+            batch.labels,
+            global_batch=batch.size,
+            world_size=place.world_size,
         )
-    return counts
+        if job.checkpoint_steps and step % job.checkpoint_steps == 0 and step < place.steps:
+            position.step, position.seconds = step, time.perf_counter() - started
+            loss, correct, images = summed(counts.clone()).tolist()
+            position.counts = (loss, correct, images)
+            _report(session, position, {"epoch": position.epoch, "step": step})
+    total = summed(counts)
+    position.seconds = time.perf_counter() - started
+    return total
+
+
+def load_share(place: Place, split: str) -> Split:
+    """This rank's share of a split, read from the Parquet shards and checked."""
+    start, stop = share(place.manifest.rows(split), place.rank, place.world_size)
+    images, labels = read_rows(place.store, place.manifest, split, start, stop)
+    return Split(torch.from_numpy(images).to(place.device), torch.from_numpy(labels).to(place.device))
 
 
 def evaluate_split(model: nn.Module, split: Split) -> Tensor:
@@ -129,20 +157,19 @@ def summed(counts: Tensor) -> Tensor:
     return counts
 
 
-def _restore(model: nn.Module, optimizer: torch.optim.Optimizer) -> History:
+def _restore(model: nn.Module, optimizer: torch.optim.Optimizer) -> Position:
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is None:
-        return []
+        return Position()
     with checkpoint.as_directory() as folder:
         return load_state(Path(folder), model, optimizer)
 
 
-def _report(rank: int, model: nn.Module, optimizer: torch.optim.Optimizer, history: History) -> None:
-    """Hand the last epoch's metrics to Ray with, from rank 0, a checkpoint. Every rank has to call it: a barrier."""
-    metrics = history[-1].model_dump()
-    if rank != 0:
+def _report(session: Session, position: Position, metrics: dict[str, Any]) -> None:
+    """Hand metrics to Ray with, from rank 0, a checkpoint. Every rank has to call it: a barrier."""
+    if session.place.rank != 0:
         ray.train.report(metrics)
         return
     with tempfile.TemporaryDirectory() as folder:
-        save_state(Path(folder), model, optimizer, history)
+        save_state(Path(folder), session.model, session.optimizer, position)
         ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))

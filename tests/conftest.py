@@ -6,6 +6,7 @@ import random
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -21,10 +22,11 @@ import pytest
 import torch
 from hypothesis import settings
 
-from pipeline.catalog import FASHION_MNIST
-from pipeline.download import SourceConfig, fetch, read_verified
+from pipeline.download import SourceConfig, fetch
 from pipeline.idx import Pixels
-from pipeline.shards import Manifest, ShardConfig, write_shards
+from pipeline.sharding import ShardConfig, write_shards
+from pipeline.shards import Manifest
+from pipeline.source import FACTS, FILES, IMAGES, LABELS, SPLITS, Source, SourceFacts, file_sha256, open_source
 from pipeline.storage import Store, open_store
 
 # Time limits on single examples fail on busy machines and prove nothing.
@@ -35,7 +37,7 @@ Splits = dict[str, tuple[Pixels, Pixels]]
 
 START_DEADLINE_S = 30
 SMALL = {"train": 600, "test": 200}
-SMALL_SHARDS = 4
+SMALL_SHARD_MIB = 0.125  # 167 images
 
 
 class S3Server:
@@ -137,6 +139,11 @@ class S3Server:
         return True
 
 
+def idx_bytes(array: Pixels) -> bytes:
+    """IDX as the MNIST page describes it: two zeros, type 8, number of dimensions, big-endian sizes, the bytes."""
+    return struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape) + array.tobytes()
+
+
 def free_ports(count: int) -> list[int]:
     """Ports nobody listens on, outside the ranges that the system and Ray hand out by themselves."""
     found: list[int] = []
@@ -166,15 +173,18 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
-def fashion_mnist() -> Path:
-    """Folder of the real, verified IDX files; on a bare machine they are fetched first."""
-    return fetch(SourceConfig())
+def fashion_mnist() -> Source:
+    """The real, verified Fashion-MNIST; on a bare machine it is fetched first."""
+    return open_source(fetch(SourceConfig()))
 
 
 @pytest.fixture(scope="session")
-def full_splits(fashion_mnist: Path) -> Splits:
+def full_splits(fashion_mnist: Source) -> Splits:
     """Images uint8 (N, 28, 28) and labels uint8 (N,) of all 60,000 and 10,000 real images."""
-    return read_verified(FASHION_MNIST, fashion_mnist)
+    return {
+        split: (fashion_mnist.read(split, np.arange(fashion_mnist.rows(split))), fashion_mnist.labels(split))
+        for split in SPLITS
+    }
 
 
 @pytest.fixture(scope="session")
@@ -187,9 +197,37 @@ def small_splits(full_splits: Splits) -> Splits:
 
 
 @pytest.fixture(scope="session")
-def small_manifest(small_splits: Splits) -> Callable[[Store], Manifest]:
-    """Function that writes the small splits to a store, four shards each, and gives their manifest."""
-    return lambda store: write_shards(store, FASHION_MNIST, small_splits, ShardConfig(shards=SMALL_SHARDS))
+def make_source(fashion_mnist: Source) -> Callable[[Path, Splits], Source]:
+    """Function that writes arrays to a folder as IDX, as if it were Fashion-MNIST, and opens it as a source."""
+
+    def make(folder: Path, splits: Splits) -> Source:
+        folder.mkdir(parents=True, exist_ok=True)
+        for split, arrays in splits.items():
+            for name, array in zip((IMAGES[split], LABELS[split]), arrays, strict=True):
+                (folder / name).write_bytes(idx_bytes(array))
+        digests = {name: file_sha256(folder / name) for name in FILES}
+        shape = splits["train"][0].shape[1:]
+        facts = fashion_mnist.facts.model_copy(
+            update={"made_of": digests, "sha256": digests, "image_shape": (shape[0], shape[1])}
+        )
+        (folder / FACTS).write_text(SourceFacts.model_validate(facts.model_dump()).model_dump_json())
+        return open_source(folder)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def small_source(
+    small_splits: Splits, make_source: Callable[[Path, Splits], Source], tmp_path_factory: pytest.TempPathFactory
+) -> Source:
+    """The small splits as a source."""
+    return make_source(tmp_path_factory.mktemp("small-source"), small_splits)
+
+
+@pytest.fixture(scope="session")
+def small_manifest(small_source: Source) -> Callable[[Store], Manifest]:
+    """Function that shards the small splits to a store, four shards of train and two of test; their manifest."""
+    return lambda store: write_shards(store, small_source, ShardConfig(shard_mib=SMALL_SHARD_MIB))
 
 
 @pytest.fixture(scope="session")

@@ -60,7 +60,7 @@ def _pipeline(store: str, workers: int, seed: int, epochs: int) -> Result:
     )
     config = run.begin(config, f"workers-{workers}-seed-{seed}")
     last = run.train(config, run.shard(config, run.download(config)), lambda epoch: None).history[-1]
-    return last.train_loss, last.train_accuracy, last.test_accuracy
+    return last.train_loss, last.train_accuracy, last.held_out_accuracy
 
 
 def _note(results: dict[str, list[Result]], name: str, result: Result) -> None:

@@ -28,8 +28,8 @@ HISTORY = [
         epoch=epoch,
         train_loss=1 / 3 / epoch,
         train_accuracy=0.1 + 0.2,
-        test_loss=2.3,
-        test_accuracy=0.9,
+        held_out_loss=2.3,
+        held_out_accuracy=0.9,
         seconds=1e-3,
         images_per_second=12345.678,
     )

@@ -49,7 +49,7 @@ def trained(small_manifest: Callable[[Store], Manifest]) -> Trained:
         candidate = safetensors.torch.save(RECIPES["seed"].build_model(10, seed).state_dict())
         key = f"{staging(run_id)}/candidate.safetensors"
         store.put(key, candidate)
-        epoch = EpochMetrics(epoch=1, train_loss=2.3, train_accuracy=0.1, test_loss=2.3, test_accuracy=0.1,
+        epoch = EpochMetrics(epoch=1, train_loss=2.3, train_accuracy=0.1, held_out_loss=2.3, held_out_accuracy=0.1,
                              seconds=1.0, images_per_second=600.0)  # fmt: skip
         training = Training(history=[epoch], candidate=key, candidate_sha256=sha256(candidate), parameters=61_706,
                             world_size=2, device="cpu", wall_seconds=1.0, finished=finished)  # fmt: skip

@@ -19,7 +19,7 @@ PIXELS = [np.arange(784, dtype=np.uint8).reshape(28, 28)]
 
 
 def epoch(number: int) -> EpochMetrics:
-    return EpochMetrics(epoch=number, train_loss=2 / number, train_accuracy=0.3, test_loss=1.5, test_accuracy=0.25,
+    return EpochMetrics(epoch=number, train_loss=2 / number, train_accuracy=0.3, held_out_loss=1.5, held_out_accuracy=0.25,
                         seconds=2.0, images_per_second=30_000.4)  # fmt: skip
 
 
@@ -136,7 +136,7 @@ def test_a_homepage_that_is_a_script_is_no_link(homepage: str) -> None:
 
 
 def test_a_run_whose_loss_diverged_has_a_page() -> None:
-    diverged = epoch(2).model_copy(update={"train_loss": float("nan"), "test_loss": float("inf")})
+    diverged = epoch(2).model_copy(update={"train_loss": float("nan"), "held_out_loss": float("inf")})
     for history in ([epoch(1), diverged], [diverged]):
         page = Page(render_html(a_report().model_copy(update={"history": history}), PIXELS))
         assert "nan" in page.text
