@@ -70,10 +70,10 @@ def draw(history: History, epochs: int) -> Group:
     for name, curve, colour in (
         ("train loss", [epoch.train_loss for epoch in history], "blue"),
         ("train accuracy", [epoch.train_accuracy for epoch in history], "magenta"),
-        ("test accuracy", [epoch.held_out_accuracy for epoch in history], "green"),
+        (f"{history[-1].held_out} accuracy", [epoch.held_out_accuracy for epoch in history], "green"),
     ):
         plotext.plot(x, curve, label=name, color=colour, marker="braille")
-    table = Table("epoch", "train loss", "train accuracy", "test accuracy", "images/s", box=None)
+    table = Table("epoch", "train loss", "train accuracy", f"{history[-1].held_out} accuracy", "images/s", box=None)
     for epoch in history[-TABLE_EPOCHS:]:
         table.add_row(
             f"{epoch.epoch}/{epochs}",

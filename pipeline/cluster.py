@@ -4,13 +4,16 @@ import contextlib
 import logging
 import os
 import socket
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Literal
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
+from typing import Any, Literal, TypeVar
 
 import joblib
 import ray
 import torch
 from pydantic import BaseModel, ConfigDict, Field
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.errors import ClusterError, ConfigError
 
@@ -22,6 +25,9 @@ RAY_TRAIN_SETTINGS = {
 
 
 CONNECT_TIMEOUT_S = 5
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
 
 
 class ClusterConfig(BaseModel):
@@ -105,6 +111,25 @@ def ray_session(config: ClusterConfig) -> Iterator[bool]:
     finally:
         if started:
             ray.shutdown()
+
+
+def run_on_ray(config: ClusterConfig, work: Callable[[Task], Result], tasks: Iterable[Task]) -> Iterator[Result]:
+    """The results in the order of the tasks, as many at work as the cluster has CPUs for.
+
+    The tasks read files of this machine: on a cluster of several, they stay on this one.
+    """
+    with ray_session(config):
+        here = ray.get_runtime_context().get_node_id()  # type: ignore[no-untyped-call]
+        stay = NodeAffinitySchedulingStrategy(here, soft=False)  # type: ignore[no-untyped-call]
+        remote: Any = ray.remote(work).options(scheduling_strategy=stay)  # type: ignore[arg-type]
+        nodes = ray.nodes()  # type: ignore[no-untyped-call]
+        cpus = next(int(node["Resources"].get("CPU", 1)) for node in nodes if node["NodeID"] == here)
+        waiting = iter(tasks)
+        running = deque(remote.remote(task) for task in islice(waiting, 2 * cpus))
+        while running:
+            result: Result = ray.get(running.popleft())
+            running.extend(remote.remote(task) for task in islice(waiting, 1))
+            yield result
 
 
 def _connect(config: ClusterConfig) -> None:

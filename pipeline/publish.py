@@ -16,7 +16,6 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from lenet.model import layer_table
-from pipeline.catalog import CATALOG
 from pipeline.errors import DataError, StorageError
 from pipeline.evaluate import Evaluation, load_model
 from pipeline.report import DatasetFacts, LayerFacts, Report, render_html
@@ -160,18 +159,17 @@ def _render(
 ) -> dict[str, bytes]:
     """The bytes of every artifact, by name."""
     model = load_model(store, training.candidate, training.candidate_sha256, len(manifest.classes))
-    dataset = CATALOG[manifest.dataset]
     report = Report(
         format_version=FORMAT_VERSION,
         run_id=run_id,
         finished=training.finished,
         parameters=dict(parameters),
         dataset=DatasetFacts(
-            name=dataset.name,
+            name=manifest.dataset,
             digest=manifest.digest,
             rows={split: manifest.rows(split) for split in manifest.splits},
-            licence=dataset.licence,
-            homepage=dataset.homepage,
+            licence=manifest.licence,
+            homepage=manifest.homepage,
         ),
         layers=[LayerFacts(**asdict(row)) for row in layer_table(model, manifest.image_shape[0])],
         history=training.history,

@@ -19,7 +19,6 @@ from pipeline.train import Training
 
 # Mid-tones that read on white and on near-black alike.
 BLUE, ORANGE, GREEN = "#4a86d8", "#d9792b", "#3f9c6b"
-ACCURACIES = {"train accuracy": ("train_accuracy", ORANGE), "test accuracy": ("held_out_accuracy", GREEN)}
 
 
 class DatasetFacts(BaseModel):
@@ -84,6 +83,11 @@ def render_html(report: Report, mistakes: list[Pixels]) -> str:
     environment.filters["percent"] = lambda value, digits=1: f"{100 * value:.{digits}f}\N{NO-BREAK SPACE}%"
     evaluation = report.evaluation
     pictures = [Picture(m, _png(pixels)) for m, pixels in zip(evaluation.mistakes, mistakes, strict=True)]
+    held_out = report.history[-1].held_out
+    accuracies = {
+        "train accuracy": ("train_accuracy", ORANGE),
+        f"{held_out} accuracy": ("held_out_accuracy", GREEN),
+    }
     template = environment.get_template("report.html.j2")
     return template.render(
         report=report,
@@ -93,7 +97,7 @@ def render_html(report: Report, mistakes: list[Pixels]) -> str:
         # Drawn from numbers and labels of our own, so there is nothing to escape.
         curves=[
             Markup(_draw(report.history, {"train loss": ("train_loss", BLUE)}, top=None)),  # noqa: S704
-            Markup(_draw(report.history, ACCURACIES, top=1)),  # noqa: S704
+            Markup(_draw(report.history, accuracies, top=1)),  # noqa: S704
         ],
         pictures=pictures,
         homepage=report.dataset.homepage if report.dataset.homepage.startswith("https://") else None,

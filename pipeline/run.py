@@ -8,6 +8,7 @@ import platform
 import subprocess
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,30 +18,25 @@ import pipeline.download
 import pipeline.evaluate
 import pipeline.publish
 import pipeline.train
-from pipeline.catalog import CATALOG
-from pipeline.cluster import ClusterConfig, check_cluster
-from pipeline.download import SourceConfig, check_source, read_verified
+from pipeline.cluster import ClusterConfig, check_cluster, run_on_ray
+from pipeline.download import SourceConfig, check_source, identity
 from pipeline.errors import ConfigError
 from pipeline.evaluate import Evaluation
 from pipeline.publish import Published
-from pipeline.shards import (
-    Manifest,
-    ShardConfig,
-    dataset_folder,
-    find_manifest,
-    require_manifest,
-    verify_shards,
-    write_shards,
-)
+from pipeline.loader import LoadConfig
+from pipeline.sharding import ShardConfig, dataset_folder, run_in_threads, write_shards
+from pipeline.shards import Manifest, find_manifest, require_manifest, verify_shards
+from pipeline.source import open_source
 from pipeline.storage import StorageConfig, Store, open_store, sha256
 from pipeline.train import OnEpoch, TrainConfig, Training, staging
 
 # A run that goes on may do so on other workers, from another source; whatever decides its result has to stay.
-MAY_CHANGE = {"storage", "source", *ClusterConfig.model_fields}
+MAY_CHANGE = {"storage", "source", "checkpoint_steps", *ClusterConfig.model_fields}
+RAY_FROM_BYTES = 2**30
 RECORDED_PACKAGES = ("lenet-pipeline", "torch", "torchvision", "ray", "pyarrow", "prefect", "s3fs", "numpy")
 
 
-class RunConfig(StorageConfig, ClusterConfig, TrainConfig, ShardConfig, SourceConfig):
+class RunConfig(StorageConfig, ClusterConfig, TrainConfig, LoadConfig, ShardConfig, SourceConfig):
     """All parameters of a run: the flow's, the command line's and the record's."""
 
     run_id: str | None = Field(
@@ -112,7 +108,8 @@ def begin(config: RunConfig, run_id: str) -> RunConfig:
     config = config.model_copy(update={"run_id": run_id})
     key = f"{staging(run_id)}/run.json"
     # The recipe's own values are recorded as if they had been given: what a name means may change one day.
-    resolved = {name: value for name, value in asdict(config.resolved()).items() if name in TrainConfig.model_fields}
+    recipe = asdict(config.resolved())
+    resolved = {name: value for name, value in (recipe | recipe["augment"]).items() if name in TrainConfig.model_fields}
     record = RunRecord(parameters=config.model_dump(mode="json") | resolved, versions=_versions())
     begun = RunRecord.model_validate_json(store.keep(key, record.model_dump_json(indent=2).encode()))
     _require_same(begun.parameters, record.parameters)
@@ -125,28 +122,32 @@ def read_record(store: Store, run_id: str) -> RunRecord:
 
 
 def download(config: RunConfig) -> Path | None:
-    """The folder with the verified source files; None when the store holds the dataset, so that none are needed."""
-    store = open_store(config.storage)
-    if find_manifest(store, _dataset_folder(config)):
+    """The folder with the verified source; None when the store holds the dataset, so that it is not needed."""
+    folder = _published_folder(config)
+    if folder is not None and find_manifest(open_store(config.storage), folder):
         return None
     return pipeline.download.fetch(config)
 
 
-def shard(config: RunConfig, source: Path | None) -> Manifest:
+def shard(config: RunConfig, folder: Path | None) -> Manifest:
     """The dataset's manifest, its shards written if need be and every byte of them verified."""
     store = open_store(config.storage)
-    if source is None:
-        manifest = require_manifest(store, _dataset_folder(config))
+    if folder is None:
+        published = _published_folder(config)
+        assert published is not None, "without a source, download() has found the dataset in the store"
+        manifest = require_manifest(store, published)
     else:
-        dataset = CATALOG[config.dataset]
-        manifest = write_shards(store, dataset, read_verified(dataset, source), config)
+        source = open_source(folder)
+        # Below a gigabyte, starting Ray takes longer than sharding.
+        large = source.pixel_bytes > RAY_FROM_BYTES
+        manifest = write_shards(store, source, config, partial(run_on_ray, config) if large else run_in_threads)
     verify_shards(store, manifest)
     return manifest
 
 
 def train(config: RunConfig, manifest: Manifest, on_epoch: OnEpoch) -> Training:
     """Train the candidate; `on_epoch` hears of every epoch."""
-    return pipeline.train.fit(open_store(config.storage), _run_id(config), manifest, config, config, on_epoch)
+    return pipeline.train.fit(open_store(config.storage), _run_id(config), manifest, config, config, config, on_epoch)
 
 
 def evaluate(config: RunConfig, manifest: Manifest, training: Training) -> Evaluation:
@@ -169,7 +170,8 @@ def outcome(step: str, config: RunConfig) -> str | None:
     found: BaseModel | None
     match step:
         case "download":
-            found = find_manifest(store, _dataset_folder(config))
+            folder = _published_folder(config)
+            found = None if folder is None else find_manifest(store, folder)
         case "train":
             found = pipeline.train.find_training(store, _run_id(config))
         case "evaluate":
@@ -179,8 +181,10 @@ def outcome(step: str, config: RunConfig) -> str | None:
     return None if found is None else f"{step}-{sha256(f'{store.url} {found.model_dump_json()}'.encode())}"
 
 
-def _dataset_folder(config: RunConfig) -> str:
-    return dataset_folder(CATALOG[config.dataset], config)
+def _published_folder(config: RunConfig) -> str | None:
+    """Where the store keeps a catalogued dataset; None for the user's own, which has to be read to know."""
+    made_of = identity(config)
+    return None if made_of is None else dataset_folder(config.dataset, made_of, {}, config)
 
 
 def _run_id(config: RunConfig) -> str:

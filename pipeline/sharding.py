@@ -213,7 +213,7 @@ def _find_part(task: ShardTask, receipt: str) -> Part | None:
 
 
 def _content(row: Pixels) -> bytes:
-    return hashlib.blake2b(row, digest_size=DIGEST_BYTES).digest()
+    return hashlib.blake2b(row.data, digest_size=DIGEST_BYTES).digest()
 
 
 class _Census:

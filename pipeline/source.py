@@ -4,9 +4,12 @@ Whatever a dataset was published or kept as, `download.fetch` leaves it in this 
 knows only this. The files are mapped, not read: memory stays small however large they are.
 """
 
+import contextlib
+import errno
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -23,11 +26,46 @@ FILES = [names[split] for split in SPLITS for names in (IMAGES, LABELS)]
 FACTS = "source.json"
 
 
+class SourceConfig(BaseModel):
+    """Which dataset, where it comes from, and how data of the user's own is made into one."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    dataset: str = Field(
+        "fashion-mnist",
+        description="A published dataset (fashion-mnist, mnist, kmnist, qmnist, emnist-balanced, emnist-byclass, "
+        "emnist-bymerge, emnist-digits, emnist-letters, emnist-mnist), or a name of your own for the data in source.",
+        pattern=r"^[a-z0-9][a-z0-9-]{0,63}$",
+    )
+    source: str = Field(
+        "auto",
+        description="Where it comes from: auto (the local cache, the published mirrors, then Debian's package), a "
+        "folder, or the http(s) URL of a mirror. For your own data: a folder of images or IDX files, or Parquet as a "
+        "file, a folder or s3://bucket/prefix.",
+        min_length=1,
+    )
+    image_size: Literal[28, 32] = Field(
+        28, description="Height and width in pixels of your own data; pictures are resized to it."
+    )
+    image_column: str = Field("image", min_length=1, description="Column of your own Parquet that has the images.")
+    label_column: str = Field("label", min_length=1, description="Column of your own Parquet that has the classes.")
+    test_fraction: float = Field(
+        1 / 6,
+        gt=0,
+        lt=1,
+        description="Part of each class of your own data to keep for the test, when the source has no test split.",
+    )
+    bad_images: Literal["refuse", "skip"] = Field(
+        "refuse", description="What to do about pictures of your own that cannot be read."
+    )
+
+
 class SourceFacts(BaseModel):
     """What is known of a dataset before it is sharded.
 
     `made_of` names the published or the user's own files by checksum ("sha256:…", "md5:…") and with `conversion`
-    decides every byte of the IDX files; `sha256` has those files' own digests (hex) by name.
+    decides every byte of the IDX files; `sha256` has those files' own digests (hex) by name. `homepage` and
+    `citation` are empty for the user's own data.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -53,6 +91,11 @@ class Source:
     def rows(self, split: str) -> int:
         """Number of images in a split."""
         return len(self.labels(split))
+
+    @property
+    def pixel_bytes(self) -> int:
+        """Bytes of all images."""
+        return sum(self.rows(split) for split in SPLITS) * self.facts.image_shape[0] * self.facts.image_shape[1]
 
     def labels(self, split: str) -> Pixels:
         """Labels uint8 (N,)."""
@@ -85,3 +128,22 @@ def file_sha256(file: Path) -> str:
     """Hex digest of a file's bytes, read a block at a time."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def write_facts(folder: Path, facts: SourceFacts) -> None:
+    """Put the facts beside the IDX files, whole or not at all."""
+    temporary = folder / f".{FACTS}.tmp"
+    temporary.write_text(facts.model_dump_json(indent=2), encoding="utf-8")
+    temporary.replace(folder / FACTS)
+
+
+def leave(whole: Path, folder: Path) -> None:
+    """Give the finished folder `whole` its name, in place of what may be there, which goes beside `whole`."""
+    try:
+        whole.rename(folder)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        with contextlib.suppress(FileNotFoundError):  # another process was quicker
+            folder.rename(whole.with_name("dropped"))
+        whole.rename(folder)

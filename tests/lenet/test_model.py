@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lenet.model import LeNet, layer_table
+from lenet.model import LeNet, fold_standardise, layer_table
 
 # (name, output shape for one image, parameters), as figure 7.6.1 of Dive into Deep Learning and LeCun's paper have it.
 TEXTBOOK = [
@@ -79,3 +79,37 @@ def test_other_shapes_are_refused_by_name(shape: tuple[int, ...]) -> None:
 def test_fewer_than_two_classes_are_refused(n_classes: int) -> None:
     with pytest.raises(ValueError, match=f"n_classes is {n_classes}; a classifier needs at least 2"):
         LeNet(n_classes)
+
+
+@pytest.mark.parametrize("side", [28, 32])
+def test_standardisation_folds_into_the_first_layer(side: int) -> None:
+    torch.manual_seed(0)
+    model = LeNet(10, pixel_mean=0.286, pixel_std=0.353).double()
+    images = torch.rand(16, 1, side, side, dtype=torch.float64)
+    plain = fold_standardise(model.float()).double()
+    torch.testing.assert_close(plain(images), model.double()(images), rtol=0, atol=1e-6)
+    assert "Standardise" not in [row.kind for row in layer_table(plain.float())]
+    assert plain.state_dict().keys() == model.state_dict().keys()
+
+
+def test_standardised_pixels_have_mean_0_and_deviation_1_and_the_border_stays_black() -> None:
+    images = torch.rand(4, 1, 28, 28, dtype=torch.float64)
+    mean, std = images.mean().item(), images.std(correction=0).item()
+    model = LeNet(10, mean, std)
+    out = model.standardise(model.pad(images))
+    assert out[:, :, 2:-2, 2:-2].mean().item() == pytest.approx(0, abs=1e-12)
+    assert out[:, :, 2:-2, 2:-2].std(correction=0).item() == pytest.approx(1)
+    assert torch.allclose(out[:, :, :2], torch.tensor(-mean / std, dtype=torch.float64))
+
+
+def test_a_model_that_does_not_standardise_is_the_plain_one() -> None:
+    torch.manual_seed(0)
+    model = LeNet()
+    assert [name for name, _ in model.named_children()][:2] == ["pad", "conv1"]
+    folded = fold_standardise(model)
+    assert all(torch.equal(value, folded.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+def test_pixels_that_are_all_the_same_cannot_be_standardised() -> None:
+    with pytest.raises(ValueError, match="standard deviation is 0.0; it has to be above 0"):
+        LeNet(10, 0.5, 0.0)

@@ -10,7 +10,7 @@ from torch import nn
 
 from lenet.model import LeNet
 from lenet.step import train_step
-from pipeline.checkpoint import FILE_NAME, EpochMetrics, load_state, read_state, save_state
+from pipeline.checkpoint import FILE_NAME, EpochMetrics, Position, load_state, read_state, save_state
 from pipeline.errors import DataError
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ HISTORY = [
     )
     for epoch in (1, 2)
 ]
+POSITION = Position(epoch=3, step=117, counts=(1 / 3, 20_000.0, 29_952.0), seconds=2.5, history=HISTORY)
 
 
 def make(optimizer: MakeOptimizer, seed: int) -> tuple[LeNet, torch.optim.Optimizer]:
@@ -59,11 +60,11 @@ def test_a_restored_training_goes_on_bit_by_bit(
 ) -> None:
     model, state = make(optimizer, seed=0)
     train(model, state, small_splits, range(5))
-    save_state(tmp_path, model, state, HISTORY)
+    save_state(tmp_path, model, state, POSITION)
     train(model, state, small_splits, range(5, 10))
 
     restored, restored_state = make(optimizer, seed=1)
-    assert load_state(tmp_path, restored, restored_state) == HISTORY
+    assert load_state(tmp_path, restored, restored_state) == POSITION
     train(restored, restored_state, small_splits, range(5, 10))
 
     for name, weight in model.state_dict().items():
@@ -76,7 +77,7 @@ def test_saving_does_not_disturb_the_training(tmp_path: Path, small_splits: "Spl
         model, state = make(OPTIMIZERS["momentum"], seed=0)
         train(model, state, small_splits, range(3))
         if save:
-            save_state(tmp_path, model, state, HISTORY)
+            save_state(tmp_path, model, state, POSITION)
         train(model, state, small_splits, range(3, 6))
         results.append(model.fc3.weight)
     assert torch.equal(*results)
@@ -84,31 +85,31 @@ def test_saving_does_not_disturb_the_training(tmp_path: Path, small_splits: "Spl
 
 def test_a_restored_optimizer_keeps_the_settings_of_the_saved_one(tmp_path: Path) -> None:
     model, _ = make(OPTIMIZERS["sgd"], seed=0)
-    save_state(tmp_path, model, torch.optim.SGD(model.parameters(), lr=0.25, momentum=0.5), [])
+    save_state(tmp_path, model, torch.optim.SGD(model.parameters(), lr=0.25, momentum=0.5), Position())
     other = torch.optim.SGD(model.parameters(), lr=1)
     load_state(tmp_path, model, other)
     assert (other.param_groups[0]["lr"], other.param_groups[0]["momentum"]) == (0.25, 0.5)
 
 
-def test_weights_and_history_can_be_read_without_a_model(tmp_path: Path, small_splits: "Splits") -> None:
+def test_weights_and_position_can_be_read_without_a_model(tmp_path: Path, small_splits: "Splits") -> None:
     model, state = make(OPTIMIZERS["adamw"], seed=0)
     train(model, state, small_splits, range(2))
-    save_state(tmp_path, model, state, HISTORY)
-    weights, history = read_state(tmp_path / FILE_NAME)
-    assert history == HISTORY
+    save_state(tmp_path, model, state, POSITION)
+    weights, position = read_state(tmp_path / FILE_NAME)
+    assert position == POSITION
     assert weights.keys() == model.state_dict().keys()
     assert all(torch.equal(weights[name], value) for name, value in model.state_dict().items())
 
 
 def test_a_checkpoint_is_one_file(tmp_path: Path) -> None:
-    save_state(tmp_path, *make(OPTIMIZERS["adamw"], seed=0), HISTORY)
+    save_state(tmp_path, *make(OPTIMIZERS["adamw"], seed=0), POSITION)
     assert [path.name for path in tmp_path.iterdir()] == ["state.safetensors"]
 
 
 @pytest.mark.parametrize("kept", [0, 4, 100, 10_000, -1])
 def test_a_torn_file_is_refused(tmp_path: Path, kept: int) -> None:
     model, state = make(OPTIMIZERS["sgd"], seed=0)
-    save_state(tmp_path, model, state, HISTORY)
+    save_state(tmp_path, model, state, POSITION)
     file = tmp_path / FILE_NAME
     file.write_bytes(file.read_bytes()[:kept])
     for call in (lambda: load_state(tmp_path, model, state), lambda: read_state(file)):

@@ -14,13 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline import shards
-from pipeline.catalog import FASHION_MNIST
 from pipeline.errors import DataError, StorageError
 from pipeline.shards import (
     Manifest,
     Shard,
-    ShardConfig,
-    dataset_folder,
     decode_shard,
     encode_shard,
     find_manifest,
@@ -28,8 +25,9 @@ from pipeline.shards import (
     read_rows,
     require_manifest,
     verify_shards,
-    write_shards,
 )
+from pipeline.sharding import ShardConfig, dataset_folder, write_shards
+from pipeline.source import Source
 from pipeline.storage import Store, open_store, sha256
 
 if TYPE_CHECKING:
@@ -67,10 +65,12 @@ def sharded(small_manifest: Write, tmp_path_factory: pytest.TempPathFactory) -> 
 # What comes back.
 
 
-def test_all_70000_real_images_come_back_exactly(full_splits: "Splits", local_store: Store) -> None:
-    manifest = write_shards(local_store, FASHION_MNIST, full_splits, ShardConfig())
+def test_all_70000_real_images_come_back_exactly(
+    fashion_mnist: Source, full_splits: "Splits", local_store: Store
+) -> None:
+    manifest = write_shards(local_store, fashion_mnist, ShardConfig())
     assert {split: manifest.rows(split) for split in manifest.splits} == {"train": 60_000, "test": 10_000}
-    assert len(manifest.splits["train"]) == 8
+    assert [len(manifest.splits[split]) for split in ("train", "test")] == [6, 1]
     for split, (images, labels) in full_splits.items():
         read_images, read_labels = read_rows(local_store, manifest, split)
         assert np.array_equal(read_images, images)
@@ -104,20 +104,21 @@ def test_other_programs_can_read_the_shards(sharded: tuple[Store, Manifest], sma
     assert table["image"][599].as_py() == small_splits["train"][0][599].tobytes()
 
 
-def test_more_shards_than_rows_lose_nothing(local_store: Store, small_splits: "Splits") -> None:
-    few = {split: (images[:3], labels[:3]) for split, (images, labels) in small_splits.items()}
-    manifest = write_shards(local_store, FASHION_MNIST, few, ShardConfig(shards=5))
-    assert [shard.rows for shard in manifest.splits["train"]] == [0, 1, 0, 1, 1]
+def test_the_smallest_shards_hold_an_image_each(
+    local_store: Store, small_splits: "Splits", make_source: Callable[..., Source], tmp_path: Path
+) -> None:
+    few = {split: (images[:30], labels[:30]) for split, (images, labels) in small_splits.items()}
+    manifest = write_shards(local_store, make_source(tmp_path / "few", few), ShardConfig(shard_mib=1e-6))
+    assert [shard.rows for shard in manifest.splits["train"]] == [1] * 30
     assert np.array_equal(read_rows(local_store, manifest, "train")[0], few["train"][0])
 
 
-@given(rows=st.lists(st.integers(0, 4), min_size=1, max_size=10), data=st.data())
+@given(rows=st.lists(st.integers(1, 4), min_size=1, max_size=10), data=st.data())
 def test_overlapping_names_exactly_the_shards_that_hold_the_rows(rows: list[int], data: st.DataObject) -> None:
     start, stop = sorted(data.draw(st.tuples(*[st.integers(0, sum(rows))] * 2)))
-    made = [Shard(name=f"train-{i:05d}-of-00010.parquet", rows=n, bytes=0, sha256="") for i, n in enumerate(rows)]
-    holders = [(sum(rows[:i]), made[i]) for i, count in enumerate(rows) for _ in range(count)]  # one for each row
-    expected = list(dict.fromkeys((first, shard.name) for first, shard in holders[start:stop]))
-    assert [(first, shard.name) for first, shard in overlapping(tuple(made), start, stop)] == expected
+    made = [Shard(name=f"train-{i:05d}-of-00010.parquet", rows=n, bytes=1, sha256="") for i, n in enumerate(rows)]
+    holders = [(i, sum(rows[:i])) for i, count in enumerate(rows) for _ in range(count)]  # one for each row
+    assert list(overlapping(tuple(made), start, stop)) == list(dict.fromkeys(holders[start:stop]))
 
 
 # The same input, the same bytes.
@@ -130,21 +131,31 @@ def test_the_same_images_give_the_same_bytes_in_any_store(
     assert small_manifest(s3_store) == manifest
     keys = local_store.keys(manifest.folder)
     assert s3_store.keys(manifest.folder) == keys
-    assert len(keys) == 4 + 4 + 1
+    assert len(keys) == 4 + 2 + 1
     assert all(local_store.read(key) == s3_store.read(key) for key in keys)
 
 
 def test_the_folder_is_named_by_what_the_dataset_is_made_of(sharded: tuple[Store, Manifest]) -> None:
-    assert sharded[1].folder == dataset_folder(FASHION_MNIST, ShardConfig(shards=4))
-    assert sharded[1].folder != dataset_folder(FASHION_MNIST, ShardConfig(shards=5))
+    manifest = sharded[1]
+    name, made_of = manifest.dataset, manifest.made_of
+    assert manifest.folder == dataset_folder(name, made_of, {}, ShardConfig(shard_mib=0.125))
+    others = [
+        dataset_folder("other", made_of, {}, ShardConfig(shard_mib=0.125)),
+        dataset_folder(name, {**made_of, "more": "sha256:0"}, {}, ShardConfig(shard_mib=0.125)),
+        dataset_folder(name, made_of, {"image_size": 32}, ShardConfig(shard_mib=0.125)),
+        dataset_folder(name, made_of, {}, ShardConfig(shard_mib=0.25)),
+        dataset_folder(name, made_of, {}, ShardConfig(shard_mib=0.125, validation_fraction=0.1)),
+    ]
+    assert len({manifest.folder, *others}) == 6
 
 
 def test_other_images_give_another_digest(
-    small_splits: "Splits", sharded: tuple[Store, Manifest], local_store: Store
-) -> None:
+    small_splits: "Splits", sharded: tuple[Store, Manifest], local_store: Store, make_source: Callable[..., Source],
+    tmp_path: Path,
+) -> None:  # fmt: skip
     images, labels = small_splits["train"]
-    other = {**small_splits, "train": (images[::-1], labels[::-1])}
-    assert write_shards(local_store, FASHION_MNIST, other, ShardConfig(shards=4)).digest != sharded[1].digest
+    other = make_source(tmp_path / "other", {**small_splits, "train": (images[::-1], labels[::-1])})
+    assert write_shards(local_store, other, ShardConfig(shard_mib=0.125)).digest != sharded[1].digest
 
 
 def test_sharding_again_writes_nothing(store: Store, small_manifest: Write, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,12 +185,12 @@ def test_sharding_again_leaves_every_file_as_it_was(small_manifest: Write, tmp_p
 
 @pytest.mark.parametrize("step", ["put", "create"])
 def test_after_a_crash_there_is_no_dataset_until_a_rerun_completes_it(
-    store: Store, small_manifest: Write, step: str
+    store: Store, small_manifest: Write, step: str, sharded: tuple[Store, Manifest]
 ) -> None:
     def crash(*_: object) -> bool:
         raise StorageError("power cut")
 
-    folder = dataset_folder(FASHION_MNIST, ShardConfig(shards=4))
+    folder = sharded[1].folder
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(store, step, crash)
         with pytest.raises(StorageError, match="power cut"):
@@ -223,9 +234,8 @@ def test_a_missing_shard_is_refused(store: Store, small_manifest: Write) -> None
     assert message.startswith(f"{store.locate(shard_key(manifest))}: shard is missing; delete {store.locate('')}")
 
 
-def test_every_shard_is_verified_the_empty_ones_too(local_store: Store, small_splits: "Splits") -> None:
-    few = {split: (images[:3], labels[:3]) for split, (images, labels) in small_splits.items()}
-    manifest = write_shards(local_store, FASHION_MNIST, few, ShardConfig(shards=5))
+def test_every_shard_is_verified(local_store: Store, small_manifest: Write) -> None:
+    manifest = small_manifest(local_store)
     for split in ("train", "test"):
         for shard in manifest.splits[split]:
             key = f"{manifest.folder}/{shard.name}"
@@ -240,7 +250,7 @@ def test_a_shard_of_other_columns_is_refused(local_store: Store, small_manifest:
     sink = io.BytesIO()
     pq.write_table(pa.table({"x": [1, 2]}), sink)
     local_store.put(shard_key(manifest), sink.getvalue())
-    message = refusal(lambda: verify_shards(local_store, with_shard(manifest, 1, sink.getvalue())))
+    message = refusal(lambda: read_rows(local_store, with_shard(manifest, 1, sink.getvalue()), "train"))
     assert f"{shard_key(manifest)}: its columns are x int64, not row_id uint32, image fixed_size_binary[784]" in message
 
 
@@ -248,20 +258,20 @@ def test_a_shard_of_another_number_of_rows_is_refused(
     local_store: Store, small_manifest: Write, small_splits: "Splits"
 ) -> None:
     manifest = small_manifest(local_store)
-    data = encode_shard(small_splits["train"][0][:7], small_splits["train"][1][:7], first_row=150)
+    data = encode_shard(small_splits["train"][0][:7], small_splits["train"][1][:7], np.arange(150, 157))
     local_store.put(shard_key(manifest), data)
-    message = refusal(lambda: verify_shards(local_store, with_shard(manifest, 1, data)))
+    message = refusal(lambda: read_rows(local_store, with_shard(manifest, 1, data), "train"))
     assert f"{shard_key(manifest)}: 7 rows, the manifest says 150; " in message
 
 
 @pytest.mark.parametrize("cut", [0, 3, 100, -1, -8])
 def test_bytes_that_are_not_parquet_are_refused(small_splits: "Splits", cut: int) -> None:
-    data = encode_shard(*(array[:10] for array in small_splits["train"]), first_row=0)
+    data = encode_shard(*(array[:10] for array in small_splits["train"]), np.arange(10))
     assert refusal(lambda: decode_shard(data[:cut], (28, 28))).startswith("not a Parquet file (")
 
 
 def test_a_parquet_file_broken_inside_is_refused(small_splits: "Splits") -> None:
-    data = bytearray(encode_shard(*(array[:10] for array in small_splits["train"]), first_row=0))
+    data = bytearray(encode_shard(*(array[:10] for array in small_splits["train"]), np.arange(10)))
     data[4] ^= 1  # the first page's header, just behind the magic number
     assert refusal(lambda: decode_shard(bytes(data), (28, 28))).startswith("not a Parquet file (")
 
@@ -274,7 +284,7 @@ def test_a_parquet_file_broken_inside_is_refused(small_splits: "Splits") -> None
         (b"", "not a manifest (Expecting value"),
         (b"[]", "not a manifest ("),
         (b'{"format_version": 1}', "not a manifest ("),
-        (b'{"format_version": 2, "other": "layout"}', "format 2, this release reads up to 1; upgrade lenet-pipeline"),
+        (b'{"format_version": 3, "other": "layout"}', "format 3, this release reads up to 2; upgrade lenet-pipeline"),
     ],
 )
 def test_a_manifest_of_another_kind_is_refused(local_store: Store, content: bytes, complaint: str) -> None:
@@ -284,12 +294,12 @@ def test_a_manifest_of_another_kind_is_refused(local_store: Store, content: byte
     assert "; upgrade" in message or message.endswith(f"; delete {local_store.locate('d')} and run again to rebuild it")
 
 
-@pytest.mark.parametrize("field", ["dataset", "folder", "classes", "source_sha256", "splits"])
+@pytest.mark.parametrize("field", ["dataset", "folder", "classes", "made_of", "splits", "report"])
 def test_an_edited_manifest_is_refused(local_store: Store, small_manifest: Write, field: str) -> None:
     manifest = small_manifest(local_store)
     content = json.loads(manifest.model_dump_json())
-    edits = {"dataset": "mnist", "folder": "elsewhere", "classes": ["a"], "source_sha256": {}, "splits": {}}
-    assert set(edits) | {"format_version", "image_shape", "columns", "digest"} == set(content)
+    report = {**content["report"], "pixel_mean": 0.5}
+    edits = {"dataset": "mnist", "folder": "x", "classes": ["a"], "made_of": {}, "splits": {}, "report": report}
     key = f"{manifest.folder}/manifest.json"
     local_store.put(key, json.dumps({**content, field: edits[field]}).encode())
     message = refusal(lambda: require_manifest(local_store, manifest.folder))
@@ -305,4 +315,34 @@ def test_a_shard_outside_its_folder_is_refused(local_store: Store, small_manifes
 
 
 def test_the_format_is_the_one_this_release_writes(sharded: tuple[Store, Manifest]) -> None:
-    assert sharded[1].format_version == shards.FORMAT_VERSION == 1
+    assert sharded[1].format_version == shards.FORMAT_VERSION == 2
+
+
+# The wrong images, labels and nulls.
+
+
+def written(images: pa.Array, labels: pa.Array) -> bytes:
+    sink = io.BytesIO()
+    rows = pa.array(range(len(labels)), pa.uint32())
+    pq.write_table(pa.table({"row_id": rows, "image": images, "label": labels}), sink)
+    return sink.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("data", "complaint"),
+    [
+        (written(pa.array([b"x" * 100] * 2, pa.binary(100)), pa.array([1, 2], pa.uint8())), "fixed_size_binary[100]"),
+        (written(pa.array([b"x" * 784] * 2, pa.binary(784)), pa.array([1, 2], pa.int64())), "label int64"),
+        (written(pa.array([b"x" * 784, None], pa.binary(784)), pa.array([1, 2], pa.uint8())), "it holds nulls"),
+        (written(pa.array([b"x" * 784] * 2, pa.binary(784)), pa.array([1, None], pa.uint8())), "it holds nulls"),
+    ],
+)
+def test_a_shard_that_holds_something_else_is_refused(data: bytes, complaint: str) -> None:
+    assert complaint in refusal(lambda: decode_shard(data, (28, 28)))
+
+
+def test_a_label_outside_the_classes_is_refused(local_store: Store, small_manifest: Write) -> None:
+    manifest = small_manifest(local_store)
+    data = written(pa.array([b"x" * 784] * 167, pa.binary(784)), pa.array([10] * 167, pa.uint8()))
+    local_store.put(shard_key(manifest), data)
+    assert "label 10 of 10 classes" in refusal(lambda: read_rows(local_store, with_shard(manifest, 1, data), "train"))

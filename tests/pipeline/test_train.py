@@ -16,14 +16,18 @@ import safetensors.torch
 import torch
 from torch.nn import functional as F
 
+from lenet.model import LeNet
 from lenet.recipe import RECIPES
-from pipeline.catalog import FASHION_MNIST
+from lenet.step import evaluate_step, metrics_of
 from pipeline.checkpoint import EpochMetrics
 from pipeline.cluster import ClusterConfig
 from pipeline.errors import TrainingError
 from pipeline.idx import Pixels
-from pipeline.order import epoch_order
-from pipeline.shards import Manifest, ShardConfig, write_shards
+from pipeline.loader import LoadConfig
+from pipeline.order import permutation
+from pipeline.sharding import ShardConfig, write_shards
+from pipeline.shards import Manifest
+from pipeline.source import Source
 from pipeline.storage import Store, open_store
 from pipeline.train import TrainConfig, find_training, fit, staging
 
@@ -61,7 +65,7 @@ def plain_training(images: Pixels, labels: Pixels, config: TrainConfig) -> tuple
     model = RECIPES["seed"].build_model(10, config.seed)
     losses = []
     for epoch in range(1, recipe.epochs + 1):
-        order = epoch_order(len(labels), config.seed, epoch)
+        order = permutation(len(labels), config.seed, epoch)
         total = 0.0
         for first in range(0, len(order), recipe.global_batch_size):
             rows = order[first : first + recipe.global_batch_size]
@@ -91,7 +95,7 @@ def manifest(small_store: Store, small_manifest: Callable[[Store], Manifest]) ->
 @pytest.fixture(scope="module")
 def undisturbed(small_store: Store, manifest: Manifest) -> Weights:
     """What two workers give when nothing happens to them."""
-    fit(small_store, "undisturbed", manifest, SMALL_RUN, ClusterConfig(workers=2, gpu="no"))
+    fit(small_store, "undisturbed", manifest, SMALL_RUN, ClusterConfig(workers=2, gpu="no"), LoadConfig())
     return weights(small_store, "undisturbed")
 
 
@@ -107,19 +111,66 @@ def test_two_workers_compute_what_a_plain_loop_computes(
     assert training.parameters == 61_706
 
 
-def test_one_two_and_three_workers_agree_after_an_epoch_of_all_60000_images(
-    tmp_path: Path, full_splits: Splits
+@pytest.fixture(scope="module")
+def full_store(tmp_path_factory: pytest.TempPathFactory, fashion_mnist: Source) -> tuple[Store, Manifest]:
+    """All 60,000 and 10,000 images."""
+    store = open_store(str(tmp_path_factory.mktemp("full")))
+    return store, write_shards(store, fashion_mnist, ShardConfig())
+
+
+@pytest.mark.parametrize("loading", ["resident", "streaming"])
+def test_one_to_four_workers_agree_after_an_epoch_of_all_60000_images_and_so_do_two_then_one_then_three(
+    full_store: tuple[Store, Manifest], loading: Literal["resident", "streaming"]
 ) -> None:
-    store = open_store(str(tmp_path))
-    manifest = write_shards(store, FASHION_MNIST, full_splits, ShardConfig())
+    """In mid-epoch, twice, the process that trains is killed, and another goes on with other workers."""
+    store, manifest = full_store
+    load = LoadConfig(loading=loading)
+    config = TrainConfig(epochs=1, shift=1, checkpoint_steps=20)
     trainings = {
-        workers: fit(store, f"w{workers}", manifest, TrainConfig(epochs=1), ClusterConfig(workers=workers, gpu="no"))
-        for workers in (1, 2, 3)
+        workers: fit(store, f"{loading}-{workers}", manifest, config, ClusterConfig(workers=workers, gpu="no"), load)
+        for workers in (1, 2, 3, 4)
     }
-    one = weights(store, "w1")
-    for workers in (2, 3):
-        assert_close(weights(store, f"w{workers}"), one)
-        assert trainings[workers].history[0].train_loss == pytest.approx(trainings[1].history[0].train_loss, rel=1e-6)
+    for workers, checkpoints in ((2, 1), (1, 3)):
+        kill_in_mid_epoch(store, f"{loading}-elastic", manifest, loading, workers, checkpoints)
+    trainings[0] = fit(store, f"{loading}-elastic", manifest, config, ClusterConfig(workers=3, gpu="no"), load)
+    one = weights(store, f"{loading}-1")
+    for name in ("2", "3", "4", "elastic"):
+        assert_close(weights(store, f"{loading}-{name}"), one)
+    for training in trainings.values():
+        (epoch,) = training.history
+        assert epoch.train_loss == pytest.approx(trainings[1].history[0].train_loss, rel=1e-6)
+        assert epoch.train_accuracy == pytest.approx(trainings[1].history[0].train_accuracy, abs=2e-4)
+
+
+def kill_in_mid_epoch(
+    store: Store, run_id: str, manifest: Manifest, loading: str, workers: int, checkpoints: int
+) -> None:
+    """Start the training in a process of its own, and SIGKILL it when the run has had so many checkpoints."""
+    script = f"""
+from pipeline.cluster import ClusterConfig
+from pipeline.loader import LoadConfig
+from pipeline.shards import require_manifest
+from pipeline.storage import open_store
+from pipeline.train import TrainConfig, fit
+store = open_store({store.url!r})
+fit(store, {run_id!r}, require_manifest(store, {manifest.folder!r}), TrainConfig(epochs=1, shift=1, checkpoint_steps=20),
+    ClusterConfig(workers={workers}, cpus_per_worker=0.5, gpu="no"), LoadConfig(loading={loading!r}))
+"""
+    marker = f"LENET_TEST={run_id}-{workers}"
+    driver = subprocess.Popen([sys.executable, "-c", script], env={**os.environ, "LENET_TEST": f"{run_id}-{workers}"})
+    seen: set[str] = set()
+
+    def written() -> bool:
+        # Two are kept, so they are counted as they appear; a new attempt's names do not repeat the old ones.
+        seen.update(key.split("/")[3] for key in store.keys(f"{staging(run_id)}/ray") if "/checkpoint_" in key)
+        return len(seen) >= checkpoints
+
+    wait_for(written, 120)
+    driver.kill()
+    driver.wait()
+    assert find_training(store, run_id) is None, "it was over before it could be killed"
+    assert seen
+    wait_for(lambda: not processes_with(marker), 60)  # a local Ray goes with its driver
 
 
 def test_more_workers_than_images_in_the_last_batch_agree_too(
@@ -127,12 +178,12 @@ def test_more_workers_than_images_in_the_last_batch_agree_too(
 ) -> None:
     # 600 = 4 * 149 + 4 + ... : batches of 299 leave a last one of 2 images for 3 workers, so one worker has none.
     config = TrainConfig(epochs=2, global_batch_size=299, lr=0.5, seed=1)
-    fit(small_store, "starved", manifest, config, ClusterConfig(workers=3, gpu="no"))
+    fit(small_store, "starved", manifest, config, ClusterConfig(workers=3, gpu="no"), LoadConfig())
     assert_close(weights(small_store, "starved"), plain_training(*small_splits["train"], config)[0])
 
 
 def test_the_same_run_again_gives_the_same_bytes(small_store: Store, manifest: Manifest, undisturbed: Weights) -> None:
-    again = fit(small_store, "again", manifest, SMALL_RUN, ClusterConfig(workers=2, gpu="no"))
+    again = fit(small_store, "again", manifest, SMALL_RUN, ClusterConfig(workers=2, gpu="no"), LoadConfig())
     first = find_training(small_store, "undisturbed")
     assert first is not None
     assert again.candidate_sha256 == first.candidate_sha256
@@ -140,7 +191,7 @@ def test_the_same_run_again_gives_the_same_bytes(small_store: Store, manifest: M
 
 def test_a_finished_training_is_not_repeated(small_store: Store, manifest: Manifest, undisturbed: Weights) -> None:
     started = time.perf_counter()
-    fit(small_store, "undisturbed", manifest, SMALL_RUN, ClusterConfig(workers=2, gpu="no"))
+    fit(small_store, "undisturbed", manifest, SMALL_RUN, ClusterConfig(workers=2, gpu="no"), LoadConfig())
     assert time.perf_counter() - started < 1
 
 
@@ -155,7 +206,9 @@ def test_a_worker_killed_in_epoch_2_changes_nothing(
             os.kill(worker.pid, signal.SIGKILL)
             killed.append(worker.pid)
 
-    training = fit(small_store, "worker-killed", manifest, SMALL_RUN, ClusterConfig(workers=2, gpu="no"), kill_one)
+    training = fit(
+        small_store, "worker-killed", manifest, SMALL_RUN, ClusterConfig(workers=2, gpu="no"), LoadConfig(), kill_one
+    )
     assert len(killed) == 1
     assert [epoch.epoch for epoch in training.history] == list(range(1, 13))
     for name, value in weights(small_store, "worker-killed").items():
@@ -171,10 +224,11 @@ def test_a_driver_killed_in_epoch_2_is_followed_by_one_that_finishes(
 from pipeline.cluster import ClusterConfig
 from pipeline.shards import require_manifest
 from pipeline.storage import open_store
+from pipeline.loader import LoadConfig
 from pipeline.train import TrainConfig, fit
 store = open_store({str(tmp_path)!r})
 fit(store, "r", require_manifest(store, {manifest.folder!r}), TrainConfig(epochs=2000, global_batch_size=64),
-    ClusterConfig(workers=2, cpus_per_worker=0.5, gpu="no"))
+    ClusterConfig(workers=2, cpus_per_worker=0.5, gpu="no"), LoadConfig())
 """
     marker = f"LENET_TEST={tmp_path}"
     driver = subprocess.Popen([sys.executable, "-c", script], env={**os.environ, "LENET_TEST": str(tmp_path)})
@@ -187,11 +241,37 @@ fit(store, "r", require_manifest(store, {manifest.folder!r}), TrainConfig(epochs
     done = len(store.keys(f"{staging('r')}/progress"))
     epochs: list[int] = []
     config = TrainConfig(epochs=done + 5, global_batch_size=64)
-    training = fit(store, "r", manifest, config, ClusterConfig(workers=2, gpu="no"), lambda e: epochs.append(e.epoch))
+    training = fit(
+        store, "r", manifest, config, ClusterConfig(workers=2, gpu="no"), LoadConfig(), lambda e: epochs.append(e.epoch)
+    )
     assert [epoch.epoch for epoch in training.history] == list(range(1, done + 6))
     assert epochs == list(range(1, done + 6))
-    spared = fit(store, "spared", manifest, config, ClusterConfig(workers=2, gpu="no"))
+    spared = fit(store, "spared", manifest, config, ClusterConfig(workers=2, gpu="no"), LoadConfig())
     assert spared.candidate_sha256 == training.candidate_sha256
+
+
+def test_standardised_training_gives_a_model_for_plain_pixels(
+    small_store: Store, manifest: Manifest, small_splits: Splits
+) -> None:
+    config = SMALL_RUN.model_copy(update={"standardise": True, "epochs": 3})
+    training = fit(small_store, "standard", manifest, config, ClusterConfig(workers=1, gpu="no"), LoadConfig())
+    model = LeNet()
+    model.load_state_dict(weights(small_store, "standard"))
+    images, labels = (torch.from_numpy(array) for array in small_splits["test"])
+    found = metrics_of(evaluate_step(model, images, labels))
+    assert found.loss == pytest.approx(training.history[-1].held_out_loss, rel=1e-5)
+    pixels = small_splits["train"][0] / 255
+    assert (manifest.report.pixel_mean, manifest.report.pixel_std) == pytest.approx((pixels.mean(), pixels.std()))
+
+
+def test_with_a_validation_split_the_test_images_are_not_looked_at(tmp_path: Path, small_source: Source) -> None:
+    store = open_store(str(tmp_path))
+    manifest = write_shards(store, small_source, ShardConfig(validation_fraction=0.2))
+    for shard in manifest.splits["test"]:
+        store.delete(f"{manifest.folder}/{shard.name}")
+    config = SMALL_RUN.model_copy(update={"epochs": 2})
+    training = fit(store, "r", manifest, config, ClusterConfig(workers=2, gpu="no"), LoadConfig())
+    assert {epoch.held_out for epoch in training.history} == {"validation"}
 
 
 def test_a_loss_that_explodes_is_named_and_the_last_good_checkpoint_stays(
@@ -199,7 +279,7 @@ def test_a_loss_that_explodes_is_named_and_the_last_good_checkpoint_stays(
 ) -> None:
     config = SMALL_RUN.model_copy(update={"lr": 1e38})
     with pytest.raises(TrainingError, match=r"undefined in epoch 1 with lr=1e\+38; lower lr"):
-        fit(small_store, "exploded", manifest, config, ClusterConfig(workers=2, gpu="no"))
+        fit(small_store, "exploded", manifest, config, ClusterConfig(workers=2, gpu="no"), LoadConfig())
     assert find_training(small_store, "exploded") is None
 
 

@@ -1,0 +1,126 @@
+"""Pictures, PNG or JPEG, as grey uint8 of one size; and folders of them, one folder for each class."""
+
+import io
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+import PIL
+from PIL import Image, ImageOps
+
+from pipeline.errors import DataError
+from pipeline.idx import Pixels
+from pipeline.own import BATCH, Batch, Found, SourceFile, check_classes, shown, walk
+
+SUFFIXES = (".png", ".jpg", ".jpeg")
+FORMATS = ("PNG", "JPEG")  # of what Pillow can read, these alone: fewer decoders that meet strangers' bytes
+MAX_PIXELS = 64 * 10**6
+
+# What decode_picture does, for the record.
+CONVERSION: dict[str, str | int | float] = {
+    "grey": "ITU-R 601-2 luma, transparency on white, EXIF orientation applied",
+    "resize": "bilinear with antialias, height and width each",
+    "pillow": PIL.__version__,
+}
+
+
+def decode_picture(encoded: Path | bytes, size: int) -> Pixels:
+    """Grey pixels uint8 (size, size) of a PNG or JPEG, in a file or in memory. Raises DataError with the reason."""
+    try:
+        with Image.open(io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded, formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise DataError(f"{image.width}x{image.height} pixels, more than {MAX_PIXELS}")
+            grey = _grey(ImageOps.exif_transpose(image))
+    except DataError:
+        raise
+    except Image.UnidentifiedImageError:
+        raise DataError("neither PNG nor JPEG") from None
+    except Exception as error:  # Pillow has no common root for what broken files make it raise
+        raise DataError(str(error).splitlines()[0] if str(error) else type(error).__name__) from None
+    if grey.size != (size, size):
+        grey = grey.resize((size, size), Image.Resampling.BILINEAR)  # Pillow widens the filter when it shrinks
+    return np.asarray(grey, dtype=np.uint8)
+
+
+def decode_batch(pool: Executor, encoded: Sequence[Path | bytes], size: int) -> Batch:
+    """The pictures, decoded side by side; those that cannot be are black, and named in `bad` with the reason."""
+    bad: dict[int, str] = {}
+    images = np.zeros((len(encoded), size, size), np.uint8)
+
+    def decode(index: int) -> None:
+        try:
+            images[index] = decode_picture(encoded[index], size)
+        except DataError as error:
+            bad[index] = str(error)
+
+    list(pool.map(decode, range(len(encoded))))
+    return Batch(images, dict(sorted(bad.items())))
+
+
+def find_pictures(root: Path, size: int, pool: Executor) -> Found:
+    """The classes and pictures in `root`: train/<class>/… and perhaps test/<class>/…, or <class>/… alone.
+
+    Classes are in the order of their names, pictures in that of their paths' bytes. Raises DataError for a class
+    without pictures, a class in test alone, and links that lead elsewhere.
+    """
+    top = _folders(root)
+    if "test" in top and "train" not in top:
+        raise DataError(f"{shown(str(root))}: has test/ but no train/; name the folder that holds both")
+    parts = {split: root / split for split in ("train", "test") if split in top} or {"train": root}
+    classes = tuple(sorted(_folders(parts["train"]), key=os.fsencode))
+    where = shown(str(parts["train"]))
+    check_classes(classes, where)
+    files: dict[str, list[SourceFile]] = {}
+    labels: dict[str, Pixels] = {}
+    for split, folder in parts.items():
+        strange = [name for name in _folders(folder) if name not in classes]
+        if strange:
+            raise DataError(f"{shown(str(folder))}: class {shown(strange[0])!r} is not in train; add it there")
+        prefix = "" if folder == root else f"{split}/"
+        files[split] = [SourceFile(prefix + file.name, file.path) for file in walk(folder, SUFFIXES)]
+        counts = {name: len(list(found)) for name, found in groupby(files[split], lambda file: _class_of(file, prefix))}
+        loose = [name for name in counts if name not in classes]
+        if loose:
+            raise DataError(f"{shown(str(folder / loose[0]))}: a picture outside the folders of classes; move it")
+        for name in _folders(folder):
+            if name not in counts:
+                raise DataError(
+                    f"{shown(str(folder / name))}: holds no {', '.join(SUFFIXES)}; add pictures or remove the folder"
+                )
+        numbers = {name: number for number, name in enumerate(classes)}
+        labels[split] = np.array([numbers[_class_of(file, prefix)] for file in files[split]], np.uint8)
+
+    def batches(split: str) -> Iterator[Batch]:
+        for start in range(0, len(files[split]), BATCH):
+            yield decode_batch(pool, [file.path for file in files[split][start : start + BATCH]], size)
+
+    used = [file for split in parts for file in files[split]]
+    return Found(used, classes, labels, batches, {"form": "pictures", "image_size": size, **CONVERSION})
+
+
+def _grey(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16 bits: Pillow would cut them off at 255
+        wide = np.asarray(image).astype(np.int64).clip(0, 65535)
+        return Image.fromarray(((wide + 128) // 257).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    if image.mode not in ("1", "L"):
+        image = image.convert("RGB")
+    return image.convert("L")
+
+
+def _folders(root: Path) -> list[str]:
+    """Names of the folders in `root` that are neither hidden nor links."""
+    return [path.name for path in root.iterdir() if _is_folder(path)]
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink() and not path.name.startswith(".")
+
+
+def _class_of(file: SourceFile, prefix: str) -> str:
+    return file.name.removeprefix(prefix).split("/", 1)[0]
