@@ -1,4 +1,4 @@
-"""The command line: `lenet train` with the flow's own parameters, `lenet layers` for the model."""
+"""The command line: `lenet train` with the flow's own parameters, `lenet data` for datasets, `lenet layers`."""
 
 import importlib.metadata
 import os
@@ -12,10 +12,11 @@ from cyclopts.validators import Number
 from rich.console import Console
 from rich.table import Table
 
-from flows.parameters import with_run_parameters
+from flows.data import data
+from flows.parameters import with_parameters
 from lenet.model import LeNet, layer_table
 from pipeline.errors import PipelineError
-from pipeline.run import check, config_of
+from pipeline.run import RunConfig, check, config_of
 
 app = App(
     name="lenet",
@@ -25,6 +26,7 @@ app = App(
     print_error=False,
     exit_on_error=False,
 )
+app.command(data)
 
 # Nothing is scheduled on a server that lives as long as one command: 15 s to start without these, not 18.
 UNUSED_SERVICES = (
@@ -49,7 +51,7 @@ QUIET_PREFECT = {
 
 
 @app.command
-@with_run_parameters(lambda field, text: Annotated[field.annotation, Parameter(help=text)])
+@with_parameters(RunConfig, lambda field, text: Annotated[field.annotation, Parameter(help=text)])
 def train(**parameters: Any) -> None:
     """Run the whole pipeline: download, shard, train, evaluate, publish."""
     check(config_of(parameters))  # the flow does so too, but only once Prefect is up

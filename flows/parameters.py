@@ -1,26 +1,29 @@
-"""The parameters of RunConfig as a function's signature, so that Prefect's form, `-p` and the command line all show
+"""The fields of a configuration as a function's signature, so that Prefect's form, `-p` and the command line all show
 the same names, defaults, bounds and help, written once."""
 
 import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from pipeline.run import RunConfig, allowed
+from pipeline.run import allowed
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def with_run_parameters(annotate: Callable[[FieldInfo, str], Any]) -> Callable[[Function], Function]:
-    """Give a function of **parameters the fields of RunConfig as keyword-only parameters.
+def with_parameters(
+    config: type[BaseModel], annotate: Callable[[FieldInfo, str], Any]
+) -> Callable[[Function], Function]:
+    """Give a function of **parameters the fields of `config` as keyword-only parameters.
 
     `annotate` makes each one's annotation from the field and its help text.
     """
 
     def decorate(function: Function) -> Function:
         parameters, lines = [], [inspect.cleandoc(function.__doc__ or ""), "", "Args:"]
-        for name, field in RunConfig.model_fields.items():
+        for name, field in config.model_fields.items():
             text = f"{field.description} Takes {allowed(name)}." if allowed(name) else str(field.description)
             annotation = annotate(field, text)
             parameters.append(

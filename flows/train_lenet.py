@@ -16,7 +16,7 @@ from prefect.client.schemas.objects import State, TaskRun
 from prefect.runtime import flow_run
 from prefect.tasks import Task
 
-from flows.parameters import with_run_parameters
+from flows.parameters import with_parameters
 from pipeline import run
 from pipeline.checkpoint import EpochMetrics
 from pipeline.errors import ConfigError, DataError, TrainingError
@@ -102,7 +102,7 @@ def _run_id(parameters: dict[str, Any]) -> str:
 
 
 @flow(name="train-lenet")
-@with_run_parameters(lambda field, text: Annotated[field.annotation, field])
+@with_parameters(RunConfig, lambda field, text: Annotated[field.annotation, field])
 def train_lenet(**parameters: Any) -> Published:
     """Download a dataset, shard it to Parquet, train LeNet on Ray, evaluate it and publish model and report."""
     for name in ("pipeline", "flows"):

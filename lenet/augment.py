@@ -107,7 +107,8 @@ class _Draws:
     def uniform(self, stream: int) -> Tensor:
         """float64 (B,) in 0..1, 1 excluded."""
         bits = mix(self.state + _signed(GOLDEN * (stream + 1)))
-        return _shifted(bits, 11).double() * 2.0**-53
+        fraction: Tensor = _shifted(bits, 11).double() * 2.0**-53
+        return fraction
 
     def integer(self, stream: int, count: int) -> Tensor:
         """int64 (B,) in 0..count-1."""
@@ -132,4 +133,5 @@ def _signed(value: int) -> int:
 
 def _shifted(x: Tensor, by: int) -> Tensor:
     """Right shift that brings in zeros; torch's own repeats the sign."""
-    return (x >> by) & (2 ** (64 - by) - 1)
+    shifted: Tensor = (x >> by) & (2 ** (64 - by) - 1)
+    return shifted

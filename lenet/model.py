@@ -82,10 +82,10 @@ def fold_standardise(model: LeNet) -> LeNet:
     plain.load_state_dict(model.state_dict())
     if hasattr(model, "standardise"):
         mean, std = model.standardise.mean, model.standardise.std
-        weight, bias = (value.detach().double() for value in (model.conv1.weight, model.conv1.bias))
-        with torch.no_grad():
-            plain.conv1.weight.copy_(weight / std)
-            plain.conv1.bias.copy_(bias - weight.sum(dim=(1, 2, 3)) * (mean / std))
+        state = plain.state_dict()
+        weight, bias = state["conv1.weight"].double(), state["conv1.bias"].double()
+        state["conv1.weight"].copy_(weight / std)
+        state["conv1.bias"].copy_(bias - weight.sum(dim=(1, 2, 3)) * (mean / std))
     return plain
 
 

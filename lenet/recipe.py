@@ -22,9 +22,10 @@ class Recipe:
     standardise: bool = False
 
     def build_model(self, n_classes: int, seed: int, pixel_mean: float = 0.0, pixel_std: float = 1.0) -> LeNet:
-        """A LeNet, standardising pixels by the given mean and standard deviation if the recipe says so, with Xavier-uniform weights (Glorot and Bengio, 2010) and torch's default biases.
+        """A LeNet with Xavier-uniform weights (Glorot and Bengio, 2010) and torch's default biases.
 
-        The same seed gives the same weights in every process; the caller's random state is left as it was.
+        It standardises pixels by their mean and standard deviation, if the recipe says so. The same seed gives the
+        same weights in every process; the caller's random state is left as it was.
         """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)

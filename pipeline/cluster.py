@@ -119,9 +119,9 @@ def run_on_ray(config: ClusterConfig, work: Callable[[Task], Result], tasks: Ite
     The tasks read files of this machine: on a cluster of several, they stay on this one.
     """
     with ray_session(config):
-        here = ray.get_runtime_context().get_node_id()  # type: ignore[no-untyped-call]
-        stay = NodeAffinitySchedulingStrategy(here, soft=False)  # type: ignore[no-untyped-call]
-        remote: Any = ray.remote(work).options(scheduling_strategy=stay)  # type: ignore[arg-type]
+        here = ray.get_runtime_context().get_node_id()
+        stay = NodeAffinitySchedulingStrategy(here, soft=False)
+        remote: Any = ray.remote(work).options(scheduling_strategy=stay)
         nodes = ray.nodes()  # type: ignore[no-untyped-call]
         cpus = next(int(node["Resources"].get("CPU", 1)) for node in nodes if node["NodeID"] == here)
         waiting = iter(tasks)

@@ -25,7 +25,17 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from pipeline.errors import ConfigError, DataError, StorageError
 from pipeline.idx import IdxWriter, open_idx, read_pair
 from pipeline.order import Rows, hold_out, permutation
-from pipeline.own import BATCH, Batch, Found, SourceFile, check_classes, check_no_class_is_empty, shown, walk
+from pipeline.own import (
+    BATCH,
+    Batch,
+    Found,
+    SourceFile,
+    check_classes,
+    check_inside,
+    check_no_class_is_empty,
+    shown,
+    walk,
+)
 from pipeline.pictures import SUFFIXES, find_pictures
 from pipeline.source import (
     FILES,
@@ -60,9 +70,9 @@ class Plan(NamedTuple):
     rows: Rows
 
 
-def recognisable(source: str) -> None:
+def recognisable(config: SourceConfig) -> None:
     """ConfigError for a path that can be no source of the user's own data, before any work."""
-    path = Path(source).expanduser()
+    source, path = config.source, config.path
     if path.is_file() and path.suffix.lower() != ".parquet":
         raise ConfigError("source", source, "a file, but not a .parquet file", ACCEPTED)
     if not path.exists():
@@ -77,6 +87,7 @@ def bring_own(config: SourceConfig, cache: Path) -> Path:
         ThreadPoolExecutor(THREADS) as pool,
     ):
         found = _find(config, Path(temporary), pool)
+        check_no_class_is_empty(found.labels["train"], found.classes, shown(config.source))
         before = [_stamp(file) for file in found.files]
         made_of = {"files": f"sha256:{_content(found.files, pool)}"}
         conversion = found.conversion | {"order": "train shuffled"}
@@ -118,11 +129,13 @@ def _find(config: SourceConfig, temporary: Path, pool: Executor) -> Found:
     """Recognise the source by what it holds."""
     if urlsplit(config.source).scheme == "s3":
         return find_tables(_download(config.source, temporary), config, pool)
-    root = Path(config.source).expanduser()
+    root = config.path
     if root.is_file():
         return find_tables([SourceFile(root.name, root)], config, pool)
     idx = {path.name: path for path in root.iterdir() if IDX_NAME.fullmatch(path.name)}
     if idx:
+        for path in idx.values():
+            check_inside(path, root)
         return _find_idx(idx, config.image_size, temporary)
     kinds = {file.path.suffix.lower() == ".parquet" for file in walk(root, (".parquet", *SUFFIXES))}
     if not kinds:
@@ -183,7 +196,7 @@ def _plain(file: Path, temporary: Path) -> Path:
 
 def _download(url: str, temporary: Path) -> list[SourceFile]:
     """The Parquet files below an s3:// URL, or the one it names, brought here under names of our own."""
-    single = url.lower().endswith(".parquet")
+    single = urlsplit(url).path.lower().endswith(".parquet")
     store = open_store(url.rpartition("/")[0] if single else url)
     keys = [url.rpartition("/")[2]] if single else [key for key in store.keys("") if key.lower().endswith(".parquet")]
     keys = [key for key in keys if not any(part.startswith(".") for part in PurePosixPath(key).parts)]
@@ -197,7 +210,8 @@ def _download(url: str, temporary: Path) -> list[SourceFile]:
         try:
             store.fs.get_file(store.path(key), str(path))
         except Exception as error:  # botocore's errors are known to pipeline.storage alone
-            raise StorageError(f"{store.locate(key)}: could not be read ({str(error).splitlines()[:1]})") from error
+            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            raise StorageError(f"{store.locate(key)}: could not be read ({reason}); check the server") from error
         files.append(SourceFile(key, path))
     return files
 

@@ -5,19 +5,14 @@ known, else the md5 of the archive. What is torn or tampered with is dropped and
 ever made up in its place. Data of the user's own is converted (`pipeline.convert`).
 """
 
-import gzip
-import hashlib
 import logging
 import shutil
 import subprocess
 import sys
 import tempfile
-import zipfile
-import zlib
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, cast
 from urllib.parse import urlsplit
 
 import platformdirs
@@ -27,19 +22,9 @@ import requests.exceptions
 from pipeline.catalog import CATALOG, Dataset
 from pipeline.convert import bring_own, recognisable
 from pipeline.errors import ConfigError, DataError
-from pipeline.idx import IdxWriter, Pixels, open_idx, open_int_idx, read_pair
-from pipeline.source import (
-    FACTS,
-    FILES,
-    IMAGES,
-    LABELS,
-    SPLITS,
-    SourceFacts,
-    file_sha256,
-    leave,
-    open_source,
-    write_facts,
-)
+from pipeline.idx import Pixels, read_pair
+from pipeline.published import check_published, convert, describe, unpack
+from pipeline.source import FACTS, IMAGES, LABELS, SPLITS, leave, open_source
 from pipeline.source import SourceConfig as SourceConfig
 from pipeline.storage import open_store
 
@@ -48,7 +33,6 @@ log = logging.getLogger(__name__)
 CONNECT_TIMEOUT_S = 10
 READ_TIMEOUT_S = 60
 RETRIES = 2  # per file and mirror, one and two seconds apart (pooch's pauses)
-ROWS = 4096  # converted at a time, 3 MiB
 
 Bring = Callable[[Path], None]
 
@@ -70,6 +54,13 @@ def check_source(config: SourceConfig) -> None:
         raise ConfigError(
             "dataset", config.dataset, f"not one of {', '.join(CATALOG)}", "use one, or name your own data with source"
         )
+    if published and config.image_size != 28:
+        raise ConfigError(
+            "image_size",
+            config.image_size,
+            f"{config.dataset} has 28x28 pixels",
+            "leave it out; it is for your own data",
+        )
     parts = urlsplit(source)
     if parts.scheme in ("http", "https", "s3"):
         if "@" in parts.netloc:
@@ -87,10 +78,10 @@ def check_source(config: SourceConfig) -> None:
             except ConfigError as error:
                 _, value, rule, remedy = error.args
                 raise ConfigError("source", value, rule, remedy) from None
-    elif published and source != "auto" and not Path(source).expanduser().is_dir():
+    elif published and source != "auto" and not config.path.is_dir():
         raise ConfigError("source", source, "no such folder", "use auto, a folder with IDX files, or a URL")
     elif not published:
-        recognisable(source)
+        recognisable(config)
 
 
 def fetch(config: SourceConfig) -> Path:
@@ -108,7 +99,7 @@ def fetch(config: SourceConfig) -> Path:
             f"cache {cache} cannot be made ({error.strerror}); point XDG_CACHE_HOME at a folder of yours"
         ) from None
     if config.dataset in CATALOG:
-        return _fetch_published(CATALOG[config.dataset], config.source, cache)
+        return _fetch_published(CATALOG[config.dataset], config, cache)
     try:
         return bring_own(config, cache)
     except OSError as error:
@@ -124,9 +115,9 @@ def read_verified(dataset: Dataset, folder: Path) -> dict[str, tuple[Pixels, Pix
     return {split: read_pair(folder / IMAGES[split], folder / LABELS[split], n) for split in SPLITS}
 
 
-def _fetch_published(dataset: Dataset, source: str, cache: Path) -> Path:
+def _fetch_published(dataset: Dataset, config: SourceConfig, cache: Path) -> Path:
     folder = cache / dataset.name
-    if source == "auto" and folder.is_dir():
+    if config.source == "auto" and folder.is_dir():
         try:
             _check_cached(dataset, folder)
         except DataError as error:
@@ -135,17 +126,17 @@ def _fetch_published(dataset: Dataset, source: str, cache: Path) -> Path:
             log.info("%s: verified in %s", dataset.name, folder)
             return folder
     failures = []
-    for name, bring in _sources(source, dataset):
+    for name, bring in _sources(config, dataset):
         with tempfile.TemporaryDirectory(dir=cache, prefix=f".{dataset.name}-") as temporary:
             brought, raw, whole = (Path(temporary) / step for step in ("brought", "raw", "whole"))
             for step in (brought, raw, whole):
                 step.mkdir()
             try:
                 bring(brought)
-                _unpack(dataset, brought, raw)
-                _check_published(dataset, raw)
-                _convert(dataset, raw, whole)
-                _write_facts(dataset, whole)
+                unpack(dataset, brought, raw)
+                check_published(dataset, raw)
+                convert(dataset, raw, whole)
+                describe(dataset, whole)
             except (DataError, OSError, ValueError, requests.exceptions.RequestException) as error:
                 failures.append(f"{name}: {_reason(error)}")
                 log.info("%s not had from %s", dataset.name, failures[-1])
@@ -162,8 +153,8 @@ def _fetch_published(dataset: Dataset, source: str, cache: Path) -> Path:
 def _check_cached(dataset: Dataset, folder: Path) -> None:
     """DataError unless the cache holds what the catalogue says. Facts that are not there yet are written."""
     if dataset.pinned and not dataset.conversion and not (folder / FACTS).exists():
-        _check_published(dataset, folder)
-        _write_facts(dataset, folder)
+        check_published(dataset, folder)
+        describe(dataset, folder)
     facts = open_source(folder).facts
     if (facts.made_of, facts.conversion) != (dataset.made_of, dataset.conversion):
         raise DataError(f"{folder} was made of other files, or otherwise")
@@ -171,19 +162,16 @@ def _check_cached(dataset: Dataset, folder: Path) -> None:
         raise DataError(f"{folder} holds other files than were published")
 
 
-def _is_url(source: str) -> bool:
-    return urlsplit(source).scheme in ("http", "https")
-
-
-def _sources(source: str, dataset: Dataset) -> list[tuple[str, Bring]]:
+def _sources(config: SourceConfig, dataset: Dataset) -> list[tuple[str, Bring]]:
     """Names of the places to ask, in order, each with the function that brings its files, packed or not."""
     md5 = {name: f"md5:{digest}" for name, digest in dataset.archives.items()}
-    if _is_url(source):
+    source = config.source
+    if urlsplit(source).scheme in ("http", "https"):
         # A mirror may have compressed the files anew, if their content can be verified.
         archives = dict.fromkeys(md5) if dataset.pinned else md5
         return [(source, partial(_from_mirror, source, archives))]
     if source != "auto":
-        return [(source, partial(_from_folder, Path(source).expanduser(), dataset))]
+        return [(source, partial(_from_folder, config.path, dataset))]
     places: list[tuple[str, Bring]] = [(url, partial(_from_mirror, url, md5)) for url in dataset.mirrors]
     if dataset.debian_package and dataset.debian_folder:
         debian = partial(_from_debian, dataset, dataset.debian_package, dataset.debian_folder)
@@ -240,108 +228,6 @@ def _run(command: list[str], folder: Path) -> None:
     except subprocess.CalledProcessError as error:
         lines = error.stderr.strip().splitlines() or [f"exit code {error.returncode}"]
         raise DataError(f"{' '.join(command[-2:])}: {lines[0]}") from None
-
-
-def _unpack(dataset: Dataset, brought: Path, raw: Path) -> None:
-    """Decompress the published files to their names here. Raises DataError for a torn archive, and one that has not
-    the published md5 if that is all there is to go by."""
-    if not dataset.pinned:
-        for archive, published in dataset.archives.items():
-            with (brought / archive).open("rb") as stream:
-                found = hashlib.file_digest(stream, "md5").hexdigest()
-            if found != published:
-                raise DataError(
-                    f"{archive}: md5 {found[:12]}… is not the published {published[:12]}…; "
-                    "the file was altered, fetch it again"
-                )
-    for name, file in dataset.files.items():
-        plain = brought / file.archive.removesuffix(".gz")
-        if file.member is None and plain.is_file():
-            plain.replace(raw / name)
-            continue
-        try:
-            if file.member is None:
-                with gzip.open(brought / file.archive) as stream, (raw / name).open("wb") as target:
-                    shutil.copyfileobj(stream, target)
-            else:
-                with zipfile.ZipFile(brought / file.archive) as archive_file, archive_file.open(file.member) as packed:
-                    with gzip.open(cast(BinaryIO, packed)) as stream, (raw / name).open("wb") as target:
-                        shutil.copyfileobj(stream, target)
-        except KeyError:
-            raise DataError(f"{file.archive}: holds no {file.member}; fetch it again") from None
-        except (EOFError, zlib.error, gzip.BadGzipFile, zipfile.BadZipFile) as error:
-            kind = "gzip" if file.member is None else "zip"
-            raise DataError(f"{file.archive}: torn {kind} file ({error}); fetch it again") from None
-
-
-def _check_published(dataset: Dataset, raw: Path) -> None:
-    """DataError unless the decompressed files are well-formed and, where it is known, have the published sha256."""
-    for name in FILES:
-        if not (raw / name).is_file():
-            raise DataError(f"{name} is missing in {raw}; fetch it again")
-    # The structure is looked at first: "truncated" says more than "another sha256".
-    for split in SPLITS:
-        if dataset.int_labels or dataset.first_label:
-            open_idx(raw / IMAGES[split], 3)
-        else:
-            read_pair(raw / IMAGES[split], raw / LABELS[split], len(dataset.classes))
-    for name, file in dataset.files.items():
-        found = file_sha256(raw / name)
-        if file.sha256 and found != file.sha256:
-            raise DataError(
-                f"{name}: sha256 {found[:12]}… is not the published {file.sha256[:12]}…; "
-                "the file was altered, fetch it again"
-            )
-
-
-def _convert(dataset: Dataset, raw: Path, whole: Path) -> None:
-    """What has to be done to the published files until they are as all others."""
-    for split in SPLITS:
-        images, labels = IMAGES[split], LABELS[split]
-        if dataset.transposed:
-            pixels = open_idx(raw / images, 3)
-            count, height, width = pixels.shape
-            with IdxWriter(whole / images, (count, width, height)) as writer:
-                for start in range(0, count, ROWS):
-                    writer.append(pixels[start : start + ROWS].transpose(0, 2, 1))
-        else:
-            (raw / images).replace(whole / images)
-        if dataset.int_labels or dataset.first_label:
-            _convert_labels(dataset, raw / labels, whole / labels)
-        else:
-            (raw / labels).replace(whole / labels)
-        read_pair(whole / images, whole / labels, len(dataset.classes))
-
-
-def _convert_labels(dataset: Dataset, raw: Path, whole: Path) -> None:
-    table = open_int_idx(raw, 2)[:, 0] if dataset.int_labels else open_idx(raw, 1)
-    numbers = table.astype("int64") - dataset.first_label
-    wrong = (numbers < 0) | (numbers >= len(dataset.classes))
-    if wrong.any():
-        row = int(wrong.argmax())
-        first = dataset.first_label
-        raise DataError(
-            f"{raw.name}: label {table[row]} at row {row} is outside {first}..{len(dataset.classes) - 1 + first}; "
-            "use the labels that belong to this dataset"
-        )
-    with IdxWriter(whole, (len(numbers),)) as writer:
-        writer.append(numbers.astype("uint8"))
-
-
-def _write_facts(dataset: Dataset, folder: Path) -> None:
-    _, height, width = open_idx(folder / IMAGES["train"], 3).shape
-    facts = SourceFacts(
-        dataset=dataset.name,
-        classes=dataset.classes,
-        image_shape=(height, width),
-        made_of=dataset.made_of,
-        conversion=dataset.conversion,
-        sha256={name: file_sha256(folder / name) for name in FILES},
-        licence=dataset.licence,
-        homepage=dataset.homepage,
-        citation=dataset.citation,
-    )
-    write_facts(folder, facts)
 
 
 def _reason(error: Exception) -> str:

@@ -64,11 +64,16 @@ def walk(root: Path, suffixes: Sequence[str]) -> list[SourceFile]:
             path = Path(folder, name)
             if name.startswith(".") or path.suffix.lower() not in suffixes:
                 continue
-            if path.is_symlink() and not path.resolve().is_relative_to(root):
-                raise DataError(f"{shown(str(path))}: a link out of the source; put the file there itself")
+            check_inside(path, root)
             if path.is_file():
                 found.append(SourceFile(path.relative_to(root).as_posix(), path))
     return sorted(found, key=lambda file: os.fsencode(file.name))
+
+
+def check_inside(path: Path, root: Path) -> None:
+    """DataError for a link that leads out of `root`."""
+    if path.is_symlink() and not path.resolve().is_relative_to(root.resolve()):
+        raise DataError(f"{shown(str(path))}: a link out of the source; put the file there itself")
 
 
 def check_classes(classes: Sequence[str], where: str) -> None:

@@ -4,12 +4,11 @@ import io
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor
-from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 import PIL
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from pipeline.errors import DataError
 from pipeline.idx import Pixels
@@ -36,7 +35,7 @@ def decode_picture(encoded: Path | bytes, size: int) -> Pixels:
             grey = _grey(ImageOps.exif_transpose(image))
     except DataError:
         raise
-    except Image.UnidentifiedImageError:
+    except UnidentifiedImageError:
         raise DataError("neither PNG nor JPEG") from None
     except Exception as error:  # Pillow has no common root for what broken files make it raise
         raise DataError(str(error).splitlines()[0] if str(error) else type(error).__name__) from None
@@ -73,25 +72,26 @@ def find_pictures(root: Path, size: int, pool: Executor) -> Found:
     classes = tuple(sorted(_folders(parts["train"]), key=os.fsencode))
     where = shown(str(parts["train"]))
     check_classes(classes, where)
+    numbers = {name: number for number, name in enumerate(classes)}
     files: dict[str, list[SourceFile]] = {}
     labels: dict[str, Pixels] = {}
     for split, folder in parts.items():
-        strange = [name for name in _folders(folder) if name not in classes]
+        strange = [name for name in _folders(folder) if name not in numbers]
         if strange:
             raise DataError(f"{shown(str(folder))}: class {shown(strange[0])!r} is not in train; add it there")
         prefix = "" if folder == root else f"{split}/"
         files[split] = [SourceFile(prefix + file.name, file.path) for file in walk(folder, SUFFIXES)]
-        counts = {name: len(list(found)) for name, found in groupby(files[split], lambda file: _class_of(file, prefix))}
-        loose = [name for name in counts if name not in classes]
+        owners = [file.name.removeprefix(prefix).split("/", 1)[0] for file in files[split]]
+        loose = [name for name in owners if name not in numbers]
         if loose:
             raise DataError(f"{shown(str(folder / loose[0]))}: a picture outside the folders of classes; move it")
+        present = set(owners)
         for name in _folders(folder):
-            if name not in counts:
+            if name not in present:
                 raise DataError(
                     f"{shown(str(folder / name))}: holds no {', '.join(SUFFIXES)}; add pictures or remove the folder"
                 )
-        numbers = {name: number for number, name in enumerate(classes)}
-        labels[split] = np.array([numbers[_class_of(file, prefix)] for file in files[split]], np.uint8)
+        labels[split] = np.array([numbers[name] for name in owners], np.uint8)
 
     def batches(split: str) -> Iterator[Batch]:
         for start in range(0, len(files[split]), BATCH):
@@ -120,7 +120,3 @@ def _folders(root: Path) -> list[str]:
 
 def _is_folder(path: Path) -> bool:
     return path.is_dir() and not path.is_symlink() and not path.name.startswith(".")
-
-
-def _class_of(file: SourceFile, prefix: str) -> str:
-    return file.name.removeprefix(prefix).split("/", 1)[0]

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -22,8 +22,8 @@ from pipeline.cluster import ClusterConfig, check_cluster, run_on_ray
 from pipeline.download import SourceConfig, check_source, identity
 from pipeline.errors import ConfigError
 from pipeline.evaluate import Evaluation
-from pipeline.publish import Published
 from pipeline.loader import LoadConfig
+from pipeline.publish import Published
 from pipeline.sharding import ShardConfig, dataset_folder, run_in_threads, write_shards
 from pipeline.shards import Manifest, find_manifest, require_manifest, verify_shards
 from pipeline.source import open_source
@@ -36,7 +36,11 @@ RAY_FROM_BYTES = 2**30
 RECORDED_PACKAGES = ("lenet-pipeline", "torch", "torchvision", "ray", "pyarrow", "prefect", "s3fs", "numpy")
 
 
-class RunConfig(StorageConfig, ClusterConfig, TrainConfig, LoadConfig, ShardConfig, SourceConfig):
+class DataConfig(StorageConfig, ShardConfig, SourceConfig):
+    """All parameters of a dataset in the store."""
+
+
+class RunConfig(ClusterConfig, TrainConfig, LoadConfig, DataConfig):
     """All parameters of a run: the flow's, the command line's and the record's."""
 
     run_id: str | None = Field(
@@ -44,6 +48,9 @@ class RunConfig(StorageConfig, ClusterConfig, TrainConfig, LoadConfig, ShardConf
         description="Name of the run. Give an earlier one to go on where it stopped; made up if not given.",
         pattern=r"^[a-z0-9][a-z0-9._-]{0,127}$",
     )
+
+
+Config = TypeVar("Config", bound=DataConfig)
 
 
 class RunRecord(BaseModel):
@@ -55,10 +62,10 @@ class RunRecord(BaseModel):
     versions: dict[str, str]
 
 
-def config_of(parameters: Mapping[str, Any]) -> RunConfig:
+def config_of(parameters: Mapping[str, Any], kind: type[Config] = RunConfig) -> Config:  # type: ignore[assignment]
     """The checked configuration. Raises ConfigError for the first parameter that breaks a rule."""
     try:
-        return RunConfig.model_validate(dict(parameters))
+        return kind.model_validate(dict(parameters))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         name = str(first["loc"][0])
@@ -121,7 +128,7 @@ def read_record(store: Store, run_id: str) -> RunRecord:
     return RunRecord.model_validate_json(store.read(f"{staging(run_id)}/run.json"))
 
 
-def download(config: RunConfig) -> Path | None:
+def download(config: DataConfig) -> Path | None:
     """The folder with the verified source; None when the store holds the dataset, so that it is not needed."""
     folder = _published_folder(config)
     if folder is not None and find_manifest(open_store(config.storage), folder):
@@ -131,6 +138,17 @@ def download(config: RunConfig) -> Path | None:
 
 def shard(config: RunConfig, folder: Path | None) -> Manifest:
     """The dataset's manifest, its shards written if need be and every byte of them verified."""
+    return _shard(config, folder, config.ray_address)
+
+
+def prepare(config: DataConfig) -> Manifest:
+    """Download and shard a dataset, with no run in mind."""
+    check_source(config)
+    open_store(config.storage).check_writable()
+    return _shard(config, download(config), None)
+
+
+def _shard(config: DataConfig, folder: Path | None, ray_address: str | None) -> Manifest:
     store = open_store(config.storage)
     if folder is None:
         published = _published_folder(config)
@@ -139,8 +157,10 @@ def shard(config: RunConfig, folder: Path | None) -> Manifest:
     else:
         source = open_source(folder)
         # Below a gigabyte, starting Ray takes longer than sharding.
-        large = source.pixel_bytes > RAY_FROM_BYTES
-        manifest = write_shards(store, source, config, partial(run_on_ray, config) if large else run_in_threads)
+        on_ray = partial(run_on_ray, ClusterConfig(workers=1, cpus_per_worker=1, gpu="no", ray_address=ray_address))
+        manifest = write_shards(
+            store, source, config, on_ray if source.pixel_bytes > RAY_FROM_BYTES else run_in_threads
+        )
     verify_shards(store, manifest)
     return manifest
 
@@ -181,7 +201,7 @@ def outcome(step: str, config: RunConfig) -> str | None:
     return None if found is None else f"{step}-{sha256(f'{store.url} {found.model_dump_json()}'.encode())}"
 
 
-def _published_folder(config: RunConfig) -> str | None:
+def _published_folder(config: DataConfig) -> str | None:
     """Where the store keeps a catalogued dataset; None for the user's own, which has to be read to know."""
     made_of = identity(config)
     return None if made_of is None else dataset_folder(config.dataset, made_of, {}, config)

@@ -147,6 +147,14 @@ def verify_shards(store: Store, manifest: Manifest) -> None:
     log.info("%s version %s: %s images in %d shards verified", manifest.dataset, manifest.version, rows, len(every))
 
 
+def check_shards(store: Store, manifest: Manifest) -> None:
+    """As `verify_shards`, and decode every shard, which says what is wrong with one that was altered on purpose."""
+    verify_shards(store, manifest)
+    for split, shards in manifest.splits.items():
+        for number in range(len(shards)):
+            read_shard(store, manifest, split, number)
+
+
 def read_shard(store: Store, manifest: Manifest, split: str, number: int) -> tuple[Pixels, Pixels]:
     """Shard `number` of a split: images uint8 (n, height, width) and labels uint8 (n,), not writable.
 

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from pipeline.errors import DataError
+from pipeline.errors import ConfigError, DataError
 from pipeline.idx import Pixels, open_idx
 
 SPLITS = ("train", "test")
@@ -58,6 +58,14 @@ class SourceConfig(BaseModel):
     bad_images: Literal["refuse", "skip"] = Field(
         "refuse", description="What to do about pictures of your own that cannot be read."
     )
+
+    @property
+    def path(self) -> Path:
+        """`source` as a path on this machine. Raises ConfigError for the home of a user who is not known."""
+        try:
+            return Path(self.source).expanduser()
+        except RuntimeError:
+            raise ConfigError("source", self.source, "no such user", "write the path in full") from None
 
 
 class SourceFacts(BaseModel):

@@ -69,7 +69,7 @@ def _split(files: Sequence[SourceFile]) -> dict[str, list[SourceFile]]:
 
 def _open(file: SourceFile) -> pq.ParquetFile:
     try:
-        return pq.ParquetFile(file.path, memory_map=True)
+        return pq.ParquetFile(file.path)
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{shown(file.name)}: no readable Parquet file ({_first_line(error)})") from None
 
@@ -111,7 +111,7 @@ def _read_labels(parts: dict[str, list[SourceFile]], column: str) -> tuple[tuple
     kind = first.field(column).type
     text = _is_text(kind.value_type if pa.types.is_dictionary(kind) else kind)
     known: dict[str, int] = {}  # text labels by their order of appearance
-    labels = {}
+    labels: dict[str, Pixels] = {}
     names = None if text else _names(first, column)
     for split, files in parts.items():
         if split == "test" and not text and names is None:
@@ -120,9 +120,9 @@ def _read_labels(parts: dict[str, list[SourceFile]], column: str) -> tuple[tuple
         for file in files:
             where = f"{shown(file.name)}, {column}"
             for row, values in _columns(file, column, LABELS_BATCH):
+                values = values.dictionary_decode() if pa.types.is_dictionary(values.type) else values
                 if values.null_count:
                     raise DataError(f"{where}: null at row {row + _first(values.is_null())}; give every image a label")
-                values = values.dictionary_decode() if pa.types.is_dictionary(values.type) else values
                 if _is_text(values.type) is not text:
                     raise DataError(f"{where}: {values.type}, but {kind} in {shown(parts['train'][0].name)}; use one")
                 if text:
@@ -157,7 +157,7 @@ def _number(values: pa.Array, known: dict[str, int], where: str, row: int, may_a
             raise DataError(f"{where}: more than {MAX_CLASSES} classes at row {at}; is this the column of labels?")
         known[word] = len(known)
     numbers = np.array([known[word] for word in words], np.uint8)
-    return numbers[encoded.indices.to_numpy(zero_copy_only=False)]
+    return np.asarray(numbers[encoded.indices.to_numpy(zero_copy_only=False)])
 
 
 def _check_integers(values: pa.Array, count: int | None, where: str, row: int) -> Pixels:

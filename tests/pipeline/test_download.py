@@ -4,28 +4,26 @@ import gzip
 import hashlib
 import logging
 import struct
-import threading
-from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-from pydantic import ValidationError
 
 from pipeline import download
 from pipeline.catalog import CATALOG, FASHION_MNIST, Dataset, IdxFile
-from pipeline.download import SourceConfig, cache_folder, check_source, fetch, read_verified
+from pipeline.download import SourceConfig, cache_folder, check_source, fetch, identity, read_verified
 from pipeline.errors import ConfigError, DataError
 from pipeline.idx import Pixels
+from pipeline.source import FACTS, FILES, IMAGES, LABELS, SPLITS, open_source
 
 if TYPE_CHECKING:
     from tests.conftest import Splits
+    from tests.pipeline.conftest import Loopback
 
-IMAGES = "train-images"
+TRAIN = IMAGES["train"]
 UNREACHABLE = "http://127.0.0.1:9/mirror"
 
 
@@ -35,7 +33,7 @@ def idx_bytes(array: Pixels) -> bytes:
 
 @dataclass
 class Tiny:
-    """A dataset of a few real images, catalogued under "tiny", and a folder with its files as .gz."""
+    """A dataset of a few real images, catalogued under "tiny", and a folder with its archives as published."""
 
     dataset: Dataset
     contents: dict[str, bytes]
@@ -49,71 +47,59 @@ class Tiny:
 
 
 @pytest.fixture
-def tiny(small_splits: "Splits", tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tiny:
-    arrays = {
-        f"{split}-{kind}": array[:12]
-        for split, pair in small_splits.items()
-        for kind, array in zip(("images", "labels"), pair, strict=True)
-    }
+def tiny(few: "Splits", tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tiny:
+    arrays = {names[split]: few[split][kind] for kind, names in enumerate((IMAGES, LABELS)) for split in SPLITS}
     contents = {name: idx_bytes(array) for name, array in arrays.items()}
-    files = {name: IdxFile(name=name, sha256=hashlib.sha256(data).hexdigest()) for name, data in contents.items()}
-    dataset = Dataset(
+    folder = tmp_path / "published"
+    folder.mkdir()
+    archives = {}
+    for name, data in contents.items():
+        packed = gzip.compress(data)
+        (folder / f"{name}.gz").write_bytes(packed)
+        archives[f"{name}.gz"] = hashlib.md5(packed, usedforsecurity=False).hexdigest()
+    dataset = replace(
+        FASHION_MNIST,
         name="tiny",
-        classes=FASHION_MNIST.classes,
-        images={split: files[f"{split}-images"] for split in small_splits},
-        labels={split: files[f"{split}-labels"] for split in small_splits},
-        torchvision_class="FashionMNIST",
-        debian_package="no-such-package",
-        debian_folder="no/such/folder",
-        licence="MIT",
-        homepage="",
+        mirrors=(),
+        archives=archives,
+        files={
+            name: IdxFile(archive=f"{name}.gz", sha256=hashlib.sha256(contents[name]).hexdigest()) for name in FILES
+        },
+        debian_package=None,
+        debian_folder=None,
     )
     monkeypatch.setitem(CATALOG, "tiny", dataset)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(download, "RETRIES", 0)
-    made = Tiny(dataset, contents, tmp_path / "published")
-    made.folder.mkdir()
-    for name, data in contents.items():
-        made.spoil(name, gzip.compress(data))
-    return made
-
-
-class Mirror(SimpleHTTPRequestHandler):
-    """Serves a folder; the first `failures` answers are 500."""
-
-    failures = 0
-
-    def do_GET(self) -> None:
-        if Mirror.failures > 0:
-            Mirror.failures -= 1
-            self.send_error(500)
-        else:
-            super().do_GET()
-
-    def log_message(self, *_: object) -> None:
-        pass
+    return Tiny(dataset, contents, folder)
 
 
 @pytest.fixture
-def mirror(tiny: Tiny) -> Iterator[str]:
-    """URL of a loopback server with the tiny dataset's .gz files."""
-    Mirror.failures = 0
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Mirror, directory=str(tiny.folder))) as server:
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
+def mirror(tiny: Tiny, serve: "Callable[[Path], Loopback]") -> "Loopback":
+    """A loopback server with the tiny dataset's .gz files."""
+    return serve(tiny.folder)
 
 
 def ask_only(monkeypatch: pytest.MonkeyPatch, *places: Path | str) -> None:
     """Make `places` the sources that source=auto asks."""
     asked = download._sources
     monkeypatch.setattr(
-        download, "_sources", lambda _, dataset: [entry for place in places for entry in asked(str(place), dataset)]
+        download,
+        "_sources",
+        lambda _, dataset: [entry for place in places for entry in asked(SourceConfig(source=str(place)), dataset)],
     )
 
 
 def cached_files() -> list[Path]:
-    return [path for path in cache_folder().rglob("*") if path.is_file()]
+    """All files of the cache but the facts."""
+    return [path for path in cache_folder().rglob("*") if path.is_file() and path.name != FACTS]
+
+
+def require_exactly(folder: Path, splits: "Splits") -> None:
+    source = open_source(folder)
+    for split, (images, labels) in splits.items():
+        assert np.array_equal(source.read(split, np.arange(len(images))), images)
+        assert np.array_equal(source.labels(split), labels)
 
 
 def refusal(tiny: Tiny, source: str) -> str:
@@ -124,19 +110,20 @@ def refusal(tiny: Tiny, source: str) -> str:
     message = str(raised.value)
     assert "\n" not in message
     assert message.startswith("tiny: no source could give it (")
-    assert message.endswith("; connect to the network, or name a folder or mirror with source")
+    assert "; connect to the network, or name a folder or mirror with source" in message
     return message
 
 
-def test_the_real_files_pass_and_hold_what_was_published(fashion_mnist: Path) -> None:
-    assert fetch(SourceConfig()) == fashion_mnist
-    pairs = read_verified(FASHION_MNIST, fashion_mnist)
+def test_the_real_files_pass_and_hold_what_was_published() -> None:
+    folder = fetch(SourceConfig())
+    pairs = read_verified(FASHION_MNIST, folder)
     assert {split: images.shape for split, (images, _) in pairs.items()} == {
         "train": (60_000, 28, 28),
         "test": (10_000, 28, 28),
     }
     assert np.bincount(pairs["train"][1]).tolist() == [6000] * 10
     assert np.bincount(pairs["test"][1]).tolist() == [1000] * 10
+    assert open_source(folder).facts.made_of == identity(SourceConfig())
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -150,48 +137,50 @@ def test_a_folder_gives_the_published_bytes(tiny: Tiny, packed: bool) -> None:
     assert {path.parent for path in cached_files()} == {folder}
 
 
-def test_a_mirror_gives_the_published_bytes(tiny: Tiny, mirror: str) -> None:
-    tiny.fetch(mirror)
+def test_a_mirror_gives_the_published_bytes(tiny: Tiny, mirror: "Loopback") -> None:
+    tiny.fetch(mirror.url)
     assert {path.name: path.read_bytes() for path in cached_files()} == tiny.contents
 
 
-def test_a_mirror_that_fails_twice_is_asked_again(tiny: Tiny, mirror: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mirror_that_fails_twice_is_asked_again(
+    tiny: Tiny, mirror: "Loopback", monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(download, "RETRIES", 2)
-    Mirror.failures = 2
-    tiny.fetch(mirror)
-    assert Mirror.failures == 0
+    mirror.failures = 2
+    tiny.fetch(mirror.url)
+    assert mirror.failures == 0
     assert {path.name: path.read_bytes() for path in cached_files()} == tiny.contents
 
 
 def test_one_flipped_bit_is_refused(tiny: Tiny) -> None:
-    data = bytearray(tiny.contents[IMAGES])
+    data = bytearray(tiny.contents[TRAIN])
     data[-1] ^= 1
-    tiny.spoil(IMAGES, gzip.compress(bytes(data)))
-    assert f"{IMAGES}: sha256 {hashlib.sha256(data).hexdigest()[:12]}… is not the published" in refusal(
+    tiny.spoil(TRAIN, gzip.compress(bytes(data)))
+    assert f"{TRAIN}: sha256 {hashlib.sha256(data).hexdigest()[:12]}… is not the published" in refusal(
         tiny, str(tiny.folder)
     )
 
 
-def test_a_torn_archive_is_refused(tiny: Tiny, mirror: str) -> None:
-    tiny.spoil(IMAGES, (tiny.folder / f"{IMAGES}.gz").read_bytes()[:-20])
-    assert f"{IMAGES}.gz: torn gzip file" in refusal(tiny, str(tiny.folder))
-    assert f"{IMAGES}.gz: torn gzip file" in refusal(tiny, mirror)
+def test_a_torn_archive_is_refused(tiny: Tiny, mirror: "Loopback") -> None:
+    tiny.spoil(TRAIN, (tiny.folder / f"{TRAIN}.gz").read_bytes()[:-20])
+    assert f"{TRAIN}.gz: torn gzip file" in refusal(tiny, str(tiny.folder))
+    assert f"{TRAIN}.gz: torn gzip file" in refusal(tiny, mirror.url)
 
 
 def test_a_page_in_place_of_an_archive_is_refused(tiny: Tiny) -> None:
-    tiny.spoil(IMAGES, b"<html>please log in</html>")
-    assert f"{IMAGES}.gz: torn gzip file" in refusal(tiny, str(tiny.folder))
+    tiny.spoil(TRAIN, b"<html>please log in</html>")
+    assert f"{TRAIN}.gz: torn gzip file" in refusal(tiny, str(tiny.folder))
 
 
 def test_a_whole_archive_of_a_torn_file_is_refused(tiny: Tiny) -> None:
-    tiny.spoil(IMAGES, gzip.compress(tiny.contents[IMAGES][:-1]))
-    assert f"{IMAGES}: truncated, " in refusal(tiny, str(tiny.folder))
+    tiny.spoil(TRAIN, gzip.compress(tiny.contents[TRAIN][:-1]))
+    assert f"{TRAIN}: truncated, " in refusal(tiny, str(tiny.folder))
 
 
-def test_a_missing_file_is_named(tiny: Tiny, mirror: str) -> None:
-    (tiny.folder / f"{IMAGES}.gz").unlink()
-    assert f"{IMAGES} (or .gz) is missing in {tiny.folder}" in refusal(tiny, str(tiny.folder))
-    assert "404" in refusal(tiny, mirror)
+def test_a_missing_file_is_named(tiny: Tiny, mirror: "Loopback") -> None:
+    (tiny.folder / f"{TRAIN}.gz").unlink()
+    assert f"{TRAIN} (or .gz) is missing in {tiny.folder}" in refusal(tiny, str(tiny.folder))
+    assert "404" in refusal(tiny, mirror.url)
 
 
 def test_an_unreachable_mirror_is_named(tiny: Tiny) -> None:
@@ -199,14 +188,16 @@ def test_an_unreachable_mirror_is_named(tiny: Tiny) -> None:
 
 
 def test_the_reason_of_every_source_is_told(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    tiny.spoil(IMAGES, b"")
+    tiny.spoil(TRAIN, b"")
     ask_only(monkeypatch, UNREACHABLE, tiny.folder)
     message = refusal(tiny, "auto")
     assert f"{UNREACHABLE}: cannot be reached; {tiny.folder}: " in message
 
 
-def test_the_next_source_is_asked_when_one_fails(tiny: Tiny, mirror: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    ask_only(monkeypatch, UNREACHABLE, mirror)
+def test_the_next_source_is_asked_when_one_fails(
+    tiny: Tiny, mirror: "Loopback", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask_only(monkeypatch, UNREACHABLE, mirror.url)
     tiny.fetch("auto")
     assert {path.name: path.read_bytes() for path in cached_files()} == tiny.contents
 
@@ -222,9 +213,9 @@ def test_a_torn_cache_is_dropped_and_fetched_again(
     tiny: Tiny, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, torn: bytes | None
 ) -> None:
     folder = tiny.fetch(str(tiny.folder))
-    (folder / IMAGES).unlink()
+    (folder / TRAIN).unlink()
     if torn is not None:
-        (folder / IMAGES).write_bytes(torn)
+        (folder / TRAIN).write_bytes(torn)
     ask_only(monkeypatch, tiny.folder)
     with caplog.at_level(logging.WARNING):
         assert tiny.fetch("auto") == folder
@@ -240,10 +231,43 @@ def test_a_cache_that_cannot_be_made_is_named(tiny: Tiny, tmp_path: Path, monkey
 
 
 def test_auto_asks_the_published_mirrors_and_then_debian() -> None:
-    names = [name for name, _ in download._sources("auto", FASHION_MNIST)]
-    assert len(names) >= 2
-    assert all(name.startswith("http") for name in names[:-1])
-    assert names[-1] == "Debian's dataset-fashion-mnist"
+    names = [name for name, _ in download._sources(SourceConfig(), FASHION_MNIST)]
+    assert names == [*FASHION_MNIST.mirrors, "Debian's dataset-fashion-mnist"]
+    assert [name for name, _ in download._sources(SourceConfig(), CATALOG["mnist"])] == list(CATALOG["mnist"].mirrors)
+
+
+def test_facts_say_what_it_was_made_of(tiny: Tiny) -> None:
+    facts = open_source(tiny.fetch(str(tiny.folder))).facts
+    assert facts.made_of == identity(SourceConfig(dataset="tiny")) == tiny.dataset.made_of
+    assert (facts.dataset, facts.classes, facts.image_shape) == ("tiny", FASHION_MNIST.classes, (28, 28))
+    assert (facts.conversion, facts.licence) == ({}, "MIT")
+    assert facts.sha256 == {name: hashlib.sha256(data).hexdigest() for name, data in tiny.contents.items()}
+
+
+def test_a_cache_without_facts_gets_them_once_it_is_verified(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tiny.fetch(str(tiny.folder))
+    facts = (folder / FACTS).read_bytes()
+    (folder / FACTS).unlink()
+    ask_only(monkeypatch)
+    assert tiny.fetch("auto") == folder
+    assert (folder / FACTS).read_bytes() == facts
+
+
+def test_a_cache_of_other_files_is_not_trusted_for_its_own_facts(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tiny.fetch(str(tiny.folder))
+    data = bytearray((folder / TRAIN).read_bytes())
+    data[-1] ^= 1
+    (folder / TRAIN).write_bytes(data)
+    digest = tiny.dataset.files[TRAIN].sha256
+    assert digest is not None
+    forged = hashlib.sha256(data).hexdigest()
+    made_of, digests = (folder / FACTS).read_text().split('"sha256": {')
+    ask_only(monkeypatch)
+    for text in (made_of, made_of.replace(digest, forged)):
+        (folder / FACTS).write_text(text + '"sha256": {' + digests.replace(digest, forged))
+        open_source(folder)
+        with pytest.raises(DataError, match="no source could give it"):
+            tiny.fetch("auto")
 
 
 def test_a_source_is_checked_before_any_work(tiny: Tiny) -> None:
@@ -253,5 +277,33 @@ def test_a_source_is_checked_before_any_work(tiny: Tiny) -> None:
         check_source(SourceConfig(source="/no/such"))
     with pytest.raises(ConfigError, match="no such folder"):
         tiny.fetch("/no/such")
-    with pytest.raises(ValidationError, match="no such dataset; use one of fashion-mnist"):
-        SourceConfig(dataset="nothing")
+
+
+@pytest.mark.parametrize(
+    ("config", "complaint"),
+    [
+        (SourceConfig(dataset="nothing"), "dataset='nothing': not one of fashion-mnist, mnist, "),
+        (SourceConfig(dataset="nothing"), "; use one, or name your own data with source"),
+        (SourceConfig(dataset="mine", source="/no/such"), "source='/no/such': no such file or folder; a source is a "),
+        (SourceConfig(dataset="mine", source=__file__), ": a file, but not a .parquet file; a source is a folder"),
+        (SourceConfig(dataset="mine", source="https://example.org"), "is not fetched over HTTP; use a folder"),
+        (SourceConfig(source="s3://bucket/prefix"), "fashion-mnist is not read from S3; use auto"),
+        (SourceConfig(dataset="mine", source="s3://"), "source='s3://': "),
+        (SourceConfig(source="http://me:secret@example.org"), "source='http://…@example.org': credentials"),
+        (SourceConfig(dataset="mine", source="s3://me:secret@bucket"), "source='s3://…@bucket': credentials"),
+        (SourceConfig(image_size=32), "image_size=32: fashion-mnist has 28x28 pixels; leave it out"),
+        (SourceConfig(dataset="mine", source="~no-such-user-here/data"), "no such user; write the path in full"),
+    ],
+)
+def test_a_mistake_costs_a_line(config: SourceConfig, complaint: str) -> None:
+    for refuse in (check_source, fetch):
+        with pytest.raises(ConfigError) as raised:
+            refuse(config)
+        assert complaint in str(raised.value)
+        assert "\n" not in str(raised.value)
+        assert "secret" not in str(raised.value)
+
+
+def test_only_published_data_is_known_ahead() -> None:
+    assert identity(SourceConfig(dataset="emnist-letters")) == CATALOG["emnist-letters"].made_of
+    assert identity(SourceConfig(dataset="mine", source="/data")) is None

@@ -1,22 +1,32 @@
 """Proves that IDX files come back as they were written, and that each kind of damage has its own one-line error."""
 
 import struct
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
 from pipeline.errors import DataError
-from pipeline.idx import Pixels, parse_idx, read_pair
+from pipeline.idx import IdxWriter, Pixels, open_idx, open_int_idx, read_pair
 
 
 def idx_bytes(array: Pixels) -> bytes:
     """IDX as the MNIST page describes it: two zeros, type 8, number of dimensions, big-endian sizes, the bytes."""
     return struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape) + array.tobytes()
+
+
+def opened(data: bytes, ndim: int) -> Pixels:
+    """What `open_idx` finds in a file named x of these bytes. The mapping outlives the file."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "x"
+        file.write_bytes(data)
+        return open_idx(file, ndim)
 
 
 IMAGES = np.arange(3 * 4 * 5, dtype=np.uint8).reshape(3, 4, 5)
@@ -41,7 +51,7 @@ def message_of(raised: pytest.ExceptionInfo[DataError]) -> str:
 
 @given(arrays(np.uint8, array_shapes(min_dims=1, max_dims=3, min_side=0, max_side=20)))
 def test_an_array_comes_back_as_it_was_written(array: Pixels) -> None:
-    parsed = parse_idx(idx_bytes(array), array.ndim, "x")
+    parsed = opened(idx_bytes(array), array.ndim)
     assert parsed.dtype == np.uint8
     assert np.array_equal(parsed, array)
     assert parsed.shape == array.shape
@@ -52,7 +62,7 @@ def test_a_file_cut_short_anywhere_is_refused(data: st.DataObject) -> None:
     whole = idx_bytes(IMAGES)
     cut = data.draw(st.integers(0, len(whole) - 1))
     with pytest.raises(DataError, match=r"^x: ") as raised:
-        parse_idx(whole[:cut], 3, "x")
+        opened(whole[:cut], 3)
     assert ("truncated" in message_of(raised)) == (cut >= 4)  # less than 4 bytes hold no magic number
 
 
@@ -61,22 +71,22 @@ def test_a_header_that_lies_about_its_size_is_refused(shape: list[int], body: by
     header = struct.pack(">BBBB3I", 0, 0, 8, 3, *shape)
     size = shape[0] * shape[1] * shape[2]
     if size == len(body):
-        assert parse_idx(header + body, 3, "x").size == size
+        assert opened(header + body, 3).size == size
     else:
         with pytest.raises(DataError, match="its header promises"):
-            parse_idx(header + body, 3, "x")
+            opened(header + body, 3)
 
 
 def test_a_header_of_more_bytes_than_64_bits_can_count_is_refused() -> None:
     header = struct.pack(">BBBB3I", 0, 0, 8, 3, 2**31, 2**31, 4)
     with pytest.raises(DataError, match=r"^x: truncated, 16 bytes where its header promises 18446744073709551632; "):
-        parse_idx(header, 3, "x")
+        opened(header, 3)
 
 
 def test_a_header_of_no_bytes_in_a_shape_beyond_arrays_is_refused() -> None:
     header = struct.pack(">BBBB3I", 0, 0, 8, 3, 0, 2**32 - 1, 2**32 - 1)
     with pytest.raises(DataError, match=r"^x: its header claims the impossible shape \(0, 4294967295, 4294967295\); "):
-        parse_idx(header, 3, "x")
+        opened(header, 3)
 
 
 @pytest.mark.parametrize(
@@ -92,7 +102,7 @@ def test_a_header_of_no_bytes_in_a_shape_beyond_arrays_is_refused() -> None:
 )
 def test_damage_is_named_with_file_and_remedy(data: bytes, ndim: int, complaint: str) -> None:
     with pytest.raises(DataError) as raised:
-        parse_idx(data, ndim, "x")
+        opened(data, ndim)
     assert message_of(raised).startswith(complaint)
     assert "; " in message_of(raised)
 
@@ -121,3 +131,59 @@ def test_files_that_do_not_belong_together_are_refused(
     with pytest.raises(DataError) as raised:
         read_pair(*pair(idx_bytes(images), idx_bytes(labels)), n_classes=10)
     assert message_of(raised) == complaint
+
+
+def test_a_file_is_mapped_and_not_to_be_written_to(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(idx_bytes(IMAGES))
+    images = open_idx(tmp_path / "x", 3)
+    assert isinstance(images, np.memmap)
+    with pytest.raises(ValueError, match="read-only"):
+        images[0, 0, 0] = 1
+
+
+def test_a_file_that_is_not_there_is_no_data_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        open_idx(tmp_path / "x", 3)
+
+
+@given(arrays(np.int32, array_shapes(min_dims=1, max_dims=3, min_side=0, max_side=9)))
+def test_big_endian_integers_come_back_as_they_were_written(array: npt.NDArray[np.int32]) -> None:
+    data = struct.pack(f">BBBB{array.ndim}I", 0, 0, 12, array.ndim, *array.shape) + array.astype(">i4").tobytes()
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "x"
+        file.write_bytes(data)
+        assert np.array_equal(open_int_idx(file, array.ndim), array)
+        file.write_bytes(data + b"a")
+        with pytest.raises(DataError, match="^x: 1 bytes more than"):
+            open_int_idx(file, array.ndim)
+    with pytest.raises(DataError, match=f"not the IDX magic 0x0000080{array.ndim} of a {array.ndim}-dimensional uint8"):
+        opened(data, array.ndim)
+
+
+@given(arrays(np.uint8, array_shapes(min_dims=1, max_dims=3, min_side=1, max_side=20)), st.data())
+def test_rows_written_in_any_order_and_portion_come_back(array: Pixels, data: st.DataObject) -> None:
+    portion = data.draw(st.integers(1, len(array)))
+    order = np.array(data.draw(st.permutations(range(len(array)))))
+    with tempfile.TemporaryDirectory() as folder:
+        appended, put = Path(folder) / "appended", Path(folder) / "put"
+        with IdxWriter(appended, array.shape) as one, IdxWriter(put, array.shape) as other:
+            for start in range(0, len(array), portion):
+                one.append(array[start : start + portion])
+                rows = order[start : start + portion]
+                other.put(array[rows], rows)
+        assert appended.read_bytes() == put.read_bytes() == idx_bytes(array)
+
+
+def test_rows_need_not_lie_side_by_side_in_memory(tmp_path: Path) -> None:
+    turned = IMAGES.transpose(0, 2, 1)
+    with IdxWriter(tmp_path / "x", turned.shape) as writer:
+        writer.append(turned[:1])
+        writer.put(turned[1:], np.array([1, 2]))
+    assert np.array_equal(open_idx(tmp_path / "x", 3), turned)
+
+
+def test_a_file_that_got_too_many_rows_is_refused(tmp_path: Path) -> None:
+    with IdxWriter(tmp_path / "x", IMAGES.shape) as writer:
+        writer.append(np.concatenate([IMAGES, IMAGES]))
+    with pytest.raises(DataError, match="more than"):
+        open_idx(tmp_path / "x", 3)

@@ -8,13 +8,13 @@ import pytest
 from pipeline import run
 from pipeline.errors import ConfigError, DataError
 from pipeline.run import RunConfig, config_of
+from pipeline.source import Source
 from pipeline.storage import open_store
 
 
 @pytest.mark.parametrize(
     ("parameters", "message"),
     [
-        ({"dataset": "cifar"}, "dataset='cifar': no such dataset; use one of fashion-mnist"),
         ({"recipe": "x"}, "recipe='x': no such recipe; use one of seed"),
         ({"epochs": 0}, "epochs=0: it should be greater than or equal to 1; use a number from 1 to 10000"),
         ({"epochs": 10_001}, "epochs=10001: it should be less than or equal to 10000; use a number from 1 to 10000"),
@@ -22,7 +22,7 @@ from pipeline.storage import open_store
                                    "use a number from 1 to 1000000"),
         ({"lr": 0}, "lr=0: it should be greater than 0; use a number above 0, up to 100"),
         ({"workers": 0}, "workers=0: it should be greater than or equal to 1; use a number from 1 to 10000"),
-        ({"shards": 5000}, "shards=5000: it should be less than or equal to 1024; use a number from 1 to 1024"),
+        ({"shard_mib": 5000}, "shard_mib=5000: it should be less than or equal to 1024; use a number above 0, up to 1024"),
         ({"gpu": "maybe"}, "gpu='maybe': it should be 'auto', 'yes' or 'no'; use one of auto, yes, no"),
     ],
 )  # fmt: skip
@@ -50,7 +50,12 @@ def test_every_parameter_has_a_help_text() -> None:
 
 @pytest.mark.parametrize(
     ("parameters", "field"),
-    [({"workers": 1000}, "workers"), ({"gpu": "yes", "workers": 1}, "gpu"), ({"source": "/nowhere"}, "source")],
+    [
+        ({"workers": 1000}, "workers"),
+        ({"gpu": "yes", "workers": 1}, "gpu"),
+        ({"source": "/nowhere"}, "source"),
+        ({"dataset": "cifar"}, "dataset"),
+    ],
 )
 def test_what_this_machine_cannot_do_is_said_before_any_work(
     tmp_path: Path, parameters: dict[str, Any], field: str
@@ -77,8 +82,8 @@ def test_the_record_names_the_code_and_the_packages(tmp_path: Path) -> None:
     assert (record.parameters["epochs"], record.parameters["lr"]) == (10, 0.9)  # not "the recipe's own"
 
 
-def test_a_dataset_in_the_store_is_neither_fetched_nor_written_again(tmp_path: Path, fashion_mnist: Path) -> None:
-    config = run.begin(config_of({"storage": str(tmp_path), "source": str(fashion_mnist)}), "r")
+def test_a_dataset_in_the_store_is_neither_fetched_nor_written_again(tmp_path: Path, fashion_mnist: Source) -> None:
+    config = run.begin(config_of({"storage": str(tmp_path), "source": str(fashion_mnist.folder)}), "r")
     assert run.outcome("download", config) is None
     first = run.shard(config, run.download(config))
     times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.parquet")}
@@ -91,9 +96,9 @@ def test_a_dataset_in_the_store_is_neither_fetched_nor_written_again(tmp_path: P
 def test_a_flipped_byte_in_a_shard_stops_the_run_before_training(tmp_path: Path) -> None:
     config = run.begin(config_of({"storage": str(tmp_path)}), "r")
     run.shard(config, run.download(config))
-    shard = next(tmp_path.rglob("train-00003-of-00008.parquet"))
+    shard = next(tmp_path.rglob("train-00003-of-00006.parquet"))
     data = bytearray(shard.read_bytes())
     data[1000] ^= 1
     shard.write_bytes(data)
-    with pytest.raises(DataError, match="train-00003-of-00008.parquet: shard is altered"):
+    with pytest.raises(DataError, match="train-00003-of-00006.parquet: shard is altered"):
         run.shard(config, run.download(config))

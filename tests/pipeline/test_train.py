@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import psutil
@@ -153,7 +154,8 @@ from pipeline.shards import require_manifest
 from pipeline.storage import open_store
 from pipeline.train import TrainConfig, fit
 store = open_store({store.url!r})
-fit(store, {run_id!r}, require_manifest(store, {manifest.folder!r}), TrainConfig(epochs=1, shift=1, checkpoint_steps=20),
+manifest = require_manifest(store, {manifest.folder!r})
+fit(store, {run_id!r}, manifest, TrainConfig(epochs=1, shift=1, checkpoint_steps=20),
     ClusterConfig(workers={workers}, cpus_per_worker=0.5, gpu="no"), LoadConfig(loading={loading!r}))
 """
     marker = f"LENET_TEST={run_id}-{workers}"
