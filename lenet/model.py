@@ -4,6 +4,7 @@ Y. LeCun, L. Bottou, Y. Bengio, P. Haffner, "Gradient-based learning applied to 
 in the simplified form of Zhang et al., "Dive into Deep Learning", section 7.6.
 """
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +27,10 @@ class PadTo32(nn.Module):
 
 
 class Standardise(nn.Module):
-    """Pixels to mean 0 and standard deviation 1, given their own. Constants, so not in the state dict."""
+    """Pixels to mean 0 and standard deviation 1, given their own, in the pixels' unit: (x - mean) / std.
+
+    Constants, so not in the state dict. Raises ValueError unless std is above 0.
+    """
 
     def __init__(self, mean: float, std: float) -> None:
         super().__init__()
@@ -41,8 +45,8 @@ class Standardise(nn.Module):
 class LeNet(nn.Module):
     """Float images (B, 1, 28, 28) or (B, 1, 32, 32), pixels 0 to 1, to float logits (B, n_classes).
 
-    Given the pixels' mean and standard deviation it standardises them first. Raises ValueError for any other shape,
-    and for fewer than two classes.
+    Given the mean and standard deviation of such pixels it standardises them first; its parameters and their names
+    are the same. Raises ValueError for any other shape, for fewer than two classes, and for pixel_std not above 0.
     """
 
     def __init__(self, n_classes: int = 10, pixel_mean: float = 0.0, pixel_std: float = 1.0) -> None:
@@ -76,16 +80,20 @@ class LeNet(nn.Module):
 
 
 def fold_standardise(model: LeNet) -> LeNet:
-    """A LeNet that takes pixels as they are and gives the same logits, up to rounding, as one that standardises them:
-    the first convolution's weights and biases take it over."""
-    plain = LeNet(model.n_classes)
-    plain.load_state_dict(model.state_dict())
-    if hasattr(model, "standardise"):
-        mean, std = model.standardise.mean, model.standardise.std
-        state = plain.state_dict()
-        weight, bias = state["conv1.weight"].double(), state["conv1.bias"].double()
-        state["conv1.weight"].copy_(weight / std)
-        state["conv1.bias"].copy_(bias - weight.sum(dim=(1, 2, 3)) * (mean / std))
+    """A LeNet that takes pixels 0 to 1 as they are and gives the logits, up to rounding, of one that standardises them.
+
+    The first convolution takes it over: w * (x - mean) / std + b is (w / std) * x + b - sum(w) * mean / std. That holds
+    at the border too, because it is put on before pixels are standardised. Computed in float64 and rounded once to the
+    model's own type; the copy is on the model's device, and the model stays as it is.
+    """
+    plain = copy.deepcopy(model)
+    if hasattr(plain, "standardise"):
+        mean, std = plain.standardise.mean, plain.standardise.std
+        del plain.standardise
+        weights = plain.state_dict()
+        weight, bias = weights["conv1.weight"].double(), weights["conv1.bias"].double()
+        folded = {"conv1.weight": weight / std, "conv1.bias": bias - weight.sum(dim=(1, 2, 3)) * (mean / std)}
+        plain.load_state_dict(weights | folded)
     return plain
 
 

@@ -98,9 +98,9 @@ def fetch(config: SourceConfig) -> Path:
         raise DataError(
             f"cache {cache} cannot be made ({error.strerror}); point XDG_CACHE_HOME at a folder of yours"
         ) from None
-    if config.dataset in CATALOG:
-        return _fetch_published(CATALOG[config.dataset], config, cache)
     try:
+        if config.dataset in CATALOG:
+            return _fetch_published(CATALOG[config.dataset], config, cache)
         return bring_own(config, cache)
     except OSError as error:
         raise DataError(

@@ -83,7 +83,7 @@ def check_classes(classes: Sequence[str], where: str) -> None:
     for name in classes:
         if not name.strip() or not name.isprintable() or len(name) > MAX_CLASS_NAME:
             raise DataError(
-                f"{where}: {shown(name)[:MAX_CLASS_NAME]!r} cannot be a class's name; "
+                f"{where}: '{shown(name)[:MAX_CLASS_NAME]}' cannot be a class's name; "
                 f"use up to {MAX_CLASS_NAME} printable characters"
             )
 

@@ -7,7 +7,7 @@ import shutil
 import zipfile
 import zlib
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any
 
 from pipeline.catalog import Dataset
 from pipeline.errors import DataError
@@ -36,11 +36,11 @@ def unpack(dataset: Dataset, brought: Path, raw: Path) -> None:
             continue
         try:
             with contextlib.ExitStack() as opened:
-                packed: BinaryIO = opened.enter_context((brought / file.archive).open("rb"))
+                packed: Any = opened.enter_context((brought / file.archive).open("rb"))
                 if file.member:
-                    packed = cast(BinaryIO, opened.enter_context(zipfile.ZipFile(packed).open(file.member)))
-                stream = opened.enter_context(gzip.open(packed))
-                shutil.copyfileobj(stream, opened.enter_context((raw / name).open("wb")))
+                    packed = opened.enter_context(zipfile.ZipFile(packed).open(file.member))
+                with gzip.open(packed) as stream, (raw / name).open("wb") as target:
+                    shutil.copyfileobj(stream, target)
         except KeyError:
             raise DataError(f"{file.archive}: holds no {file.member}; fetch it again") from None
         except (EOFError, zlib.error, gzip.BadGzipFile, zipfile.BadZipFile) as error:

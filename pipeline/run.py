@@ -18,6 +18,7 @@ import pipeline.download
 import pipeline.evaluate
 import pipeline.publish
 import pipeline.train
+from pipeline.catalog import CATALOG
 from pipeline.cluster import ClusterConfig, check_cluster, run_on_ray
 from pipeline.download import SourceConfig, check_source, identity
 from pipeline.errors import ConfigError
@@ -82,15 +83,19 @@ def allowed(name: str) -> str:
     if schema is None:
         return f"one of {', '.join(RunConfig.model_fields)}"
     for option in [schema, *schema.get("anyOf", [])]:
-        low, above, high = option.get("minimum"), option.get("exclusiveMinimum"), option.get("maximum")
-        if high is not None:
-            return f"a number from {low} to {high}" if low is not None else f"a number above {above}, up to {high}"
-        if low is not None:
-            return f"a number from {low}"
+        low, above = option.get("minimum"), option.get("exclusiveMinimum")
+        high, below = option.get("maximum"), option.get("exclusiveMaximum")
+        if low is not None or above is not None:
+            bounds = [f"from {low}" if low is not None else f"above {above}"]
+            if high is not None:
+                bounds.append(f"to {high}" if low is not None else f"up to {high}")
+            elif below is not None:
+                bounds.append(f"below {below}")
+            return f"a number {', '.join(bounds)}".replace(f"{low}, to", f"{low} to")
         if "enum" in option:
             return f"one of {', '.join(map(str, option['enum']))}"
         if "pattern" in option:
-            return "small letters, digits, dots, dashes and underscores"
+            return f"small letters, digits and {'dashes' if '_' not in option['pattern'] else 'any of . _ -'}"
     return ""
 
 
@@ -204,7 +209,9 @@ def outcome(step: str, config: RunConfig) -> str | None:
 def _published_folder(config: DataConfig) -> str | None:
     """Where the store keeps a catalogued dataset; None for the user's own, which has to be read to know."""
     made_of = identity(config)
-    return None if made_of is None else dataset_folder(config.dataset, made_of, {}, config)
+    if made_of is None:
+        return None
+    return dataset_folder(config.dataset, made_of, CATALOG[config.dataset].conversion, config)
 
 
 def _run_id(config: RunConfig) -> str:

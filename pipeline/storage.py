@@ -32,7 +32,7 @@ from pipeline.errors import ConfigError, StorageError
 S3_CONNECT_TIMEOUT_S = 5
 S3_READ_TIMEOUT_S = 15
 S3_ATTEMPTS = 2  # by s3fs, when a server breaks off or errs in the middle of a call; botocore retries once in each
-S3_OUTAGE_S = 15  # how long a server that is not there is waited for: a restart
+S3_OUTAGE_S = 30  # how long a server that is not there is waited for: a restart
 S3_OUTAGE_POLL_S = 0.5
 
 

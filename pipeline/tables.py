@@ -91,9 +91,13 @@ def _check_schema(file: SourceFile, config: SourceConfig) -> None:
         if not _is_raw(image):
             raise DataError(f"{where}: {image} is not images; they have to be {IMAGES_ACCEPTED}")
         if isinstance(image, pa.FixedShapeTensorType):
-            shape = [side for side in image.shape if side != 1]
-            if shape != [size, size] or list(image.permutation or []) != sorted(image.permutation or []):
+            # A channel of 1 may stand anywhere, in how the values lie and in how they are meant.
+            axes = zip(image.shape, image.permutation or range(len(image.shape)), strict=True)
+            kept = [(side, axis) for side, axis in axes if side != 1]
+            if [side for side, _ in kept] != [size, size]:
                 raise DataError(f"{where}: tensors of shape {image.shape}, not {size}x{size}; {_other_size(size)}")
+            if kept[0][1] > kept[1][1]:
+                raise DataError(f"{where}: tensors with rows and columns exchanged; store them row by row")
         elif pa.types.is_fixed_size_binary(image) and image.byte_width != size * size:
             raise DataError(
                 f"{where}: {image.byte_width} pixels where {size}x{size} are {size * size}; {_other_size(size)}"
@@ -114,8 +118,6 @@ def _read_labels(parts: dict[str, list[SourceFile]], column: str) -> tuple[tuple
     labels: dict[str, Pixels] = {}
     names = None if text else _names(first, column)
     for split, files in parts.items():
-        if split == "test" and not text and names is None:
-            names = [str(number) for number in range(int(labels["train"].max()) + 1)]
         read = [np.zeros(0, np.uint8)]
         for file in files:
             where = f"{shown(file.name)}, {column}"
@@ -132,9 +134,10 @@ def _read_labels(parts: dict[str, list[SourceFile]], column: str) -> tuple[tuple
         labels[split] = np.concatenate(read)
         if not len(labels[split]):
             raise DataError(f"{shown(files[0].name)}: no rows in the {split} split; add images")
+        if names is None and not text:  # those of train, which comes first
+            names = [str(number) for number in range(int(labels["train"].max()) + 1)]
     where = shown(parts["train"][0].name)
-    if not text:
-        names = names or [str(number) for number in range(int(labels["train"].max()) + 1)]
+    if names is not None:
         check_classes(names, where)
         return tuple(names), labels
     classes = sorted(known)

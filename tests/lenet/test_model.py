@@ -1,4 +1,10 @@
-"""Proves that LeNet is the textbook's: its layers, its parameters, its logits, and which inputs it refuses."""
+"""Proves that LeNet is the textbook's: its layers, its parameters, its logits, and which inputs it refuses.
+
+And that a model that standardises pixels can be folded into one that does not, with the same logits.
+"""
+
+from fractions import Fraction
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -6,6 +12,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lenet.model import LeNet, fold_standardise, layer_table
+from lenet.step import normalise
+
+if TYPE_CHECKING:
+    from tests.conftest import Splits
 
 # (name, output shape for one image, parameters), as figure 7.6.1 of Dive into Deep Learning and LeCun's paper have it.
 TEXTBOOK = [
@@ -20,9 +30,9 @@ TEXTBOOK = [
 ]
 
 
-def reference_logits(weights: dict[str, Tensor], images: Tensor) -> Tensor:
+def reference_logits(weights: dict[str, Tensor], images: Tensor, padding: int = 2) -> Tensor:
     """The textbook's formulas: padding inside the first convolution, no modules."""
-    x = torch.sigmoid(F.conv2d(images, weights["conv1.weight"], weights["conv1.bias"], padding=2))
+    x = torch.sigmoid(F.conv2d(images, weights["conv1.weight"], weights["conv1.bias"], padding=padding))
     x = F.avg_pool2d(x, 2)
     x = torch.sigmoid(F.conv2d(x, weights["conv2.weight"], weights["conv2.bias"]))
     x = F.avg_pool2d(x, 2).reshape(len(images), -1)
@@ -81,15 +91,60 @@ def test_fewer_than_two_classes_are_refused(n_classes: int) -> None:
         LeNet(n_classes)
 
 
-@pytest.mark.parametrize("side", [28, 32])
-def test_standardisation_folds_into_the_first_layer(side: int) -> None:
+def standardising(dtype: torch.dtype = torch.float32) -> LeNet:
+    """Fashion-MNIST's mean and deviation, and Xavier's weights: larger than torch's, and so are errors."""
     torch.manual_seed(0)
-    model = LeNet(10, pixel_mean=0.286, pixel_std=0.353).double()
-    images = torch.rand(16, 1, side, side, dtype=torch.float64)
-    plain = fold_standardise(model.float()).double()
-    torch.testing.assert_close(plain(images), model.double()(images), rtol=0, atol=1e-6)
-    assert "Standardise" not in [row.kind for row in layer_table(plain.float())]
-    assert plain.state_dict().keys() == model.state_dict().keys()
+    model = LeNet(10, pixel_mean=0.286, pixel_std=0.353)
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.Conv2d | torch.nn.Linear):
+            torch.nn.init.xavier_uniform_(layer.weight)
+    return model.to(dtype)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-13)])
+@pytest.mark.parametrize("side", [28, 32])
+def test_standardisation_folds_into_the_first_layer(
+    small_splits: "Splits", side: int, dtype: torch.dtype, tolerance: float
+) -> None:
+    model = standardising(dtype)
+    images = normalise(torch.from_numpy(small_splits["test"][0])).to(dtype)
+    images[0], images[1] = 1, 0  # up to the border, and nothing at all
+    if side == 32:
+        images = F.pad(images, (2, 2, 2, 2), value=1)
+    plain = fold_standardise(model)
+    logits = plain(images)
+    assert logits.dtype == dtype
+    torch.testing.assert_close(logits, model(images), rtol=0, atol=tolerance)
+    # The border's share is right too, before sigmoids and pools make it small.
+    hidden, expected = plain.conv1(plain.pad(images)), model.conv1(model.standardise(model.pad(images)))
+    torch.testing.assert_close(hidden, expected, rtol=0, atol=10 * tolerance)
+
+
+def test_folding_rounds_once_to_the_exact_values() -> None:
+    model = standardising()
+    plain = fold_standardise(model).conv1.state_dict()
+    weight, bias = (value.tolist() for value in model.conv1.state_dict().values())
+    mean, std = Fraction(0.286), Fraction(0.353)
+    for filter_, (channel,) in enumerate(weight):
+        exact = [[float(Fraction(value) / std) for value in line] for line in channel]
+        assert torch.equal(plain["weight"][filter_, 0], torch.tensor(exact))
+        shift = sum(Fraction(value) for line in channel for value in line) * mean / std
+        assert plain["bias"][filter_] == torch.tensor(float(Fraction(bias[filter_]) - shift))
+
+
+def test_a_folded_model_is_a_plain_one_and_the_model_stays_as_it_was() -> None:
+    model = standardising()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    random_state = torch.get_rng_state()
+    plain = fold_standardise(model)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert [name for name, _ in plain.named_children()] == [name for name, _ in LeNet().named_children()]
+    assert list(plain.state_dict()) == list(model.state_dict()) == list(LeNet().state_dict())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert "standardise" in dict(model.named_children())
+    with torch.no_grad():
+        plain.conv2.weight.zero_()
+    assert torch.equal(model.conv2.weight, before["conv2.weight"])
 
 
 def test_standardised_pixels_have_mean_0_and_deviation_1_and_the_border_stays_black() -> None:
@@ -99,17 +154,42 @@ def test_standardised_pixels_have_mean_0_and_deviation_1_and_the_border_stays_bl
     out = model.standardise(model.pad(images))
     assert out[:, :, 2:-2, 2:-2].mean().item() == pytest.approx(0, abs=1e-12)
     assert out[:, :, 2:-2, 2:-2].std(correction=0).item() == pytest.approx(1)
-    assert torch.allclose(out[:, :, :2], torch.tensor(-mean / std, dtype=torch.float64))
+    border = torch.ones(32, 32, dtype=torch.bool)
+    border[2:-2, 2:-2] = False
+    assert torch.allclose(out[:, :, border], torch.tensor(-mean / std, dtype=torch.float64))
 
 
-def test_a_model_that_does_not_standardise_is_the_plain_one() -> None:
-    torch.manual_seed(0)
-    model = LeNet()
+def test_a_standardising_model_gives_the_textbooks_logits_of_standardised_images() -> None:
+    model, images = standardising(), random_images(5, 32)
+    expected = reference_logits(model.state_dict(), (images - 0.286) / 0.353, padding=0)
+    torch.testing.assert_close(model(images), expected)
+
+
+def test_standardisation_is_a_row_of_the_layer_table_without_parameters() -> None:
+    rows = layer_table(standardising())
+    assert [(row.name, row.output_shape, row.parameters) for row in rows[:2]] == [
+        ("pad", (1, 32, 32), 0),
+        ("standardise", (1, 32, 32), 0),
+    ]
+    assert sum(row.parameters for row in rows) == 61_706
+
+
+@pytest.mark.parametrize("model", [LeNet(), LeNet(10, 0.0, 1.0)])
+def test_a_model_that_does_not_standardise_is_the_plain_one(model: LeNet) -> None:
     assert [name for name, _ in model.named_children()][:2] == ["pad", "conv1"]
     folded = fold_standardise(model)
     assert all(torch.equal(value, folded.state_dict()[name]) for name, value in model.state_dict().items())
 
 
-def test_pixels_that_are_all_the_same_cannot_be_standardised() -> None:
-    with pytest.raises(ValueError, match="standard deviation is 0.0; it has to be above 0"):
-        LeNet(10, 0.5, 0.0)
+def test_standardising_does_not_change_the_weights_that_a_seed_gives() -> None:
+    torch.manual_seed(0)
+    plain = LeNet().state_dict()
+    torch.manual_seed(0)
+    other = LeNet(10, 0.286, 0.353).state_dict()
+    assert all(torch.equal(value, other[name]) for name, value in plain.items())
+
+
+@pytest.mark.parametrize("std", [0.0, -1.0, float("nan")])
+def test_pixels_without_a_deviation_cannot_be_standardised(std: float) -> None:
+    with pytest.raises(ValueError, match=f"standard deviation is {std}; it has to be above 0"):
+        LeNet(10, 0.5, std)

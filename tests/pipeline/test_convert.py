@@ -88,7 +88,7 @@ def test_idx_files_of_a_larger_size_are_taken_as_they_are(
 
 
 def test_idx_files_that_do_not_fit_are_refused(small_splits: "Splits", own: Path, refused: Refused) -> None:
-    images, labels = small_splits["train"]
+    labels = small_splits["train"][1]
     (own / LABELS["train"]).write_bytes(idx_bytes(labels[:-1]))
     assert "holds 600 images but train-labels-idx1-ubyte 599 labels" in refused(own)
     (own / LABELS["train"]).write_bytes(idx_bytes(labels // 2))

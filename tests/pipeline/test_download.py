@@ -230,6 +230,15 @@ def test_a_cache_that_cannot_be_made_is_named(tiny: Tiny, tmp_path: Path, monkey
         tiny.fetch(str(tiny.folder))
 
 
+def test_a_cache_that_cannot_be_written_to_is_named(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(download, "leave", full)
+    with pytest.raises(DataError, match=r"^tiny: .*: No space left on device; check the disk"):
+        tiny.fetch(str(tiny.folder))
+
+
 def test_auto_asks_the_published_mirrors_and_then_debian() -> None:
     names = [name for name, _ in download._sources(SourceConfig(), FASHION_MNIST)]
     assert names == [*FASHION_MNIST.mirrors, "Debian's dataset-fashion-mnist"]

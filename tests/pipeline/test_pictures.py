@@ -157,8 +157,8 @@ def test_a_photograph_is_turned_as_its_exif_says(small_splits: "Splits") -> None
         (b"", "neither PNG nor JPEG"),
         (b"GIF89a" + bytes(100), "neither PNG nor JPEG"),
         (encoded(Image.new("L", (28, 28)), "GIF"), "neither PNG nor JPEG"),
-        (encoded(Image.new("L", (280, 280)))[:100], ""),
-        (encoded(Image.new("L", (280, 280)), "JPEG")[:300], ""),
+        (encoded(Image.new("L", (280, 280)))[:100], "unrecognized data|truncated|broken"),
+        (encoded(Image.new("L", (280, 280)), "JPEG")[:300], "."),
         (encoded(Image.new("1", (9000, 9000))), "9000x9000 pixels, more than 64000000"),
         (encoded(Image.new("1", (20000, 20000))), "decompression bomb"),
     ],
@@ -282,11 +282,11 @@ def test_a_pipe_is_not_waited_for(pictures: Path, bring: Bring) -> None:
     assert bring(pictures).rows("train") == 120
 
 
-HOSTILE = ["-rf", "a b", "名前", "é", "é", "$(touch x)", "..png", "[red]", "<b>", "\\", "%s{}", "'\""]
+HOSTILE = ["-rf", "a b", "名前", "é", "é", "$(touch x)", "a..png", "[red]", "<b>", "\\", "%s{}", "'\""]
 
 
 def test_hostile_names_are_harmless(small_splits: "Splits", tmp_path: Path, bring: Bring, contents: Contents) -> None:
-    images, labels = (array[: 2 * len(HOSTILE)] for array in small_splits["train"])
+    images = small_splits["train"][0][: 2 * len(HOSTILE)]
     classes = ["-class", "名 前"]
     for split in ("train", "test"):
         for row, name in enumerate(HOSTILE * 2):

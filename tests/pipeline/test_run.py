@@ -22,7 +22,12 @@ from pipeline.storage import open_store
                                    "use a number from 1 to 1000000"),
         ({"lr": 0}, "lr=0: it should be greater than 0; use a number above 0, up to 100"),
         ({"workers": 0}, "workers=0: it should be greater than or equal to 1; use a number from 1 to 10000"),
-        ({"shard_mib": 5000}, "shard_mib=5000: it should be less than or equal to 1024; use a number above 0, up to 1024"),
+        ({"shard_mib": 5000}, "shard_mib=5000: it should be less than or equal to 1024; "
+                              "use a number above 0, up to 1024"),
+        ({"scale": 1}, "scale=1: it should be less than 1; use a number from 0, below 1"),
+        ({"validation_fraction": 0.6}, "validation_fraction=0.6: it should be less than or equal to 0.5; "
+                                       "use a number from 0 to 0.5"),
+        ({"checkpoint_steps": 0}, "checkpoint_steps=0: it should be greater than or equal to 1; use a number from 1"),
         ({"gpu": "maybe"}, "gpu='maybe': it should be 'auto', 'yes' or 'no'; use one of auto, yes, no"),
     ],
 )  # fmt: skip

@@ -1,13 +1,15 @@
 """Proves on a real Ray that the result depends on neither the number of workers nor on workers and drivers dying."""
 
+import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import psutil
@@ -22,7 +24,7 @@ from lenet.recipe import RECIPES
 from lenet.step import evaluate_step, metrics_of
 from pipeline.checkpoint import EpochMetrics
 from pipeline.cluster import ClusterConfig
-from pipeline.errors import TrainingError
+from pipeline.errors import StorageError, TrainingError
 from pipeline.idx import Pixels
 from pipeline.loader import LoadConfig
 from pipeline.order import permutation
@@ -31,6 +33,9 @@ from pipeline.shards import Manifest
 from pipeline.source import Source
 from pipeline.storage import Store, open_store
 from pipeline.train import TrainConfig, find_training, fit, staging
+
+if TYPE_CHECKING:
+    from tests.conftest import S3Server
 
 Splits = dict[str, tuple[Pixels, Pixels]]
 Weights = dict[str, torch.Tensor]
@@ -46,6 +51,21 @@ def _ray() -> Iterator[None]:
     ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield
     ray.shutdown()
+
+
+@contextlib.contextmanager
+def own_ray(env: dict[str, str]) -> Iterator[None]:
+    """Another Ray, whose processes have these variables."""
+    ray.shutdown()
+    ray.init(
+        address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR",
+        runtime_env={"env_vars": env},
+    )  # fmt: skip
+    try:
+        yield
+    finally:
+        ray.shutdown()
+        ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
 
 
 def weights(store: Store, run_id: str) -> Weights:
@@ -119,9 +139,9 @@ def full_store(tmp_path_factory: pytest.TempPathFactory, fashion_mnist: Source) 
     return store, write_shards(store, fashion_mnist, ShardConfig())
 
 
-@pytest.mark.parametrize("loading", ["resident", "streaming"])
+@pytest.mark.parametrize(("loading", "worlds"), [("streaming", (1, 2, 3, 4)), ("resident", (1, 3))])
 def test_one_to_four_workers_agree_after_an_epoch_of_all_60000_images_and_so_do_two_then_one_then_three(
-    full_store: tuple[Store, Manifest], loading: Literal["resident", "streaming"]
+    full_store: tuple[Store, Manifest], loading: Literal["resident", "streaming"], worlds: tuple[int, ...]
 ) -> None:
     """In mid-epoch, twice, the process that trains is killed, and another goes on with other workers."""
     store, manifest = full_store
@@ -129,13 +149,13 @@ def test_one_to_four_workers_agree_after_an_epoch_of_all_60000_images_and_so_do_
     config = TrainConfig(epochs=1, shift=1, checkpoint_steps=20)
     trainings = {
         workers: fit(store, f"{loading}-{workers}", manifest, config, ClusterConfig(workers=workers, gpu="no"), load)
-        for workers in (1, 2, 3, 4)
+        for workers in worlds
     }
     for workers, checkpoints in ((2, 1), (1, 3)):
         kill_in_mid_epoch(store, f"{loading}-elastic", manifest, loading, workers, checkpoints)
     trainings[0] = fit(store, f"{loading}-elastic", manifest, config, ClusterConfig(workers=3, gpu="no"), load)
     one = weights(store, f"{loading}-1")
-    for name in ("2", "3", "4", "elastic"):
+    for name in (*worlds[1:], "elastic"):
         assert_close(weights(store, f"{loading}-{name}"), one)
     for training in trainings.values():
         (epoch,) = training.history
@@ -274,6 +294,74 @@ def test_with_a_validation_split_the_test_images_are_not_looked_at(tmp_path: Pat
     config = SMALL_RUN.model_copy(update={"epochs": 2})
     training = fit(store, "r", manifest, config, ClusterConfig(workers=2, gpu="no"), LoadConfig())
     assert {epoch.held_out for epoch in training.history} == {"validation"}
+
+
+@pytest.fixture
+def streamed_from_s3(
+    own_s3_server: "S3Server", monkeypatch: pytest.MonkeyPatch, small_manifest: Callable[[Store], Manifest]
+) -> tuple[Store, Manifest]:
+    """The small splits on an S3 server that the test may stop; Ray's workers have its credentials too."""
+    for name, value in own_s3_server.env.items():
+        monkeypatch.setenv(name, value)
+    store = open_store(f"s3://{own_s3_server.bucket}/run")
+    return store, small_manifest(store)
+
+
+STREAMING = LoadConfig(loading="streaming")
+
+
+def test_the_s3_server_stopped_for_10_seconds_in_mid_epoch_is_waited_for(
+    streamed_from_s3: tuple[Store, Manifest], own_s3_server: "S3Server", tmp_path: Path
+) -> None:
+    store, manifest = streamed_from_s3
+    stopped_after: list[int] = []
+
+    def stop_for_10_seconds(epoch: EpochMetrics) -> None:
+        if epoch.epoch == 2:
+            own_s3_server.stop()
+            time.sleep(10)
+            own_s3_server.start()
+            stopped_after.append(epoch.epoch)
+
+    with own_ray(own_s3_server.env):
+        cluster = ClusterConfig(workers=2, gpu="no")
+        training = fit(store, "outage", manifest, SMALL_RUN, cluster, STREAMING, stop_for_10_seconds)
+    assert stopped_after == [2]
+    assert [epoch.epoch for epoch in training.history] == list(range(1, 13))
+    local = open_store(str(tmp_path / "local"))
+    write_small = fit(local, "spared", copied(store, local, manifest), SMALL_RUN, cluster, STREAMING)
+    assert training.candidate_sha256 == write_small.candidate_sha256
+
+
+def copied(store: Store, into: Store, manifest: Manifest) -> Manifest:
+    """The dataset in another store."""
+    for key in store.keys(manifest.folder):
+        into.put(key, store.read(key))
+    return manifest
+
+
+def test_the_s3_server_stopped_for_good_ends_in_an_error_that_names_the_object(
+    streamed_from_s3: tuple[Store, Manifest], own_s3_server: "S3Server"
+) -> None:
+    store, manifest = streamed_from_s3
+    stopped: list[float] = []
+
+    def stop(epoch: EpochMetrics) -> None:
+        if epoch.epoch == 2:
+            own_s3_server.stop()
+            stopped.append(time.monotonic())
+
+    config = SMALL_RUN.model_copy(update={"epochs": 2000})
+    with own_ray(own_s3_server.env), pytest.raises(StorageError) as raised:
+        fit(store, "lost", manifest, config, ClusterConfig(workers=2, gpu="no"), STREAMING, stop)
+    assert time.monotonic() - stopped[0] < 240
+    assert re.match(r"s3://lenet-tests/run/\S+: store failed", str(raised.value))
+    own_s3_server.start()
+    assert any("/checkpoint_" in key for key in store.keys(f"{staging('lost')}/ray"))
+    config = SMALL_RUN.model_copy(update={"epochs": 4})
+    with own_ray(own_s3_server.env):
+        rerun = fit(store, "lost", manifest, config, ClusterConfig(workers=1, gpu="no"), STREAMING)
+    assert rerun.history[0].epoch == 1
 
 
 def test_a_loss_that_explodes_is_named_and_the_last_good_checkpoint_stays(
