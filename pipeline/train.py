@@ -13,7 +13,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
-import pyarrow.fs
 import ray.exceptions
 import ray.train
 import safetensors.torch
@@ -201,8 +200,9 @@ def _run_workers(
     if checkpoint is None:
         return {}, Position()
     with tempfile.TemporaryDirectory() as folder:
-        pyarrow.fs.copy_files(checkpoint.path, folder, source_filesystem=checkpoint.filesystem, use_threads=False)
-        return read_state(Path(folder) / FILE_NAME)
+        file = Path(folder) / FILE_NAME
+        file.write_bytes(store.read(f"{checkpoint.path.removeprefix(store.root + '/')}/{FILE_NAME}"))
+        return read_state(file)
 
 
 def _plain(job: Job, weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 from PIL import Image
 
+from flows.cli import main
 from pipeline.shards import list_manifests
 from pipeline.storage import open_store
 
@@ -97,5 +98,15 @@ def test_a_persons_own_folder_of_pictures(lenet: Lenet, tmp_path: Path, small_sp
         (["lst"], "lst"),
     ],
 )
-def test_a_mistake_costs_a_line(lenet: Lenet, arguments: list[str], complaint: str) -> None:
-    refused(lenet(*arguments), complaint)
+def test_a_mistake_costs_a_line(
+    arguments: list[str], complaint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as exited:
+        main(["data", *arguments])
+    output = capsys.readouterr()
+    assert exited.value.code in (1, 2)
+    assert complaint in output.err
+    assert len(output.err.strip().splitlines()) == 1
+    assert not list(tmp_path.iterdir())
