@@ -1,16 +1,13 @@
 """Proves on a real Ray that the result depends on neither the number of workers nor on workers and drivers dying."""
 
-import contextlib
 import os
-import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 import psutil
@@ -23,9 +20,9 @@ from torch.nn import functional as F
 from lenet.model import LeNet
 from lenet.recipe import RECIPES
 from lenet.step import evaluate_step, metrics_of
-from pipeline.checkpoint import EpochMetrics, read_state
+from pipeline.checkpoint import EpochMetrics
 from pipeline.cluster import ClusterConfig
-from pipeline.errors import StorageError, TrainingError
+from pipeline.errors import TrainingError
 from pipeline.idx import Pixels
 from pipeline.loader import LoadConfig
 from pipeline.order import permutation
@@ -34,9 +31,6 @@ from pipeline.shards import Manifest
 from pipeline.source import Source
 from pipeline.storage import Store, open_store
 from pipeline.train import TrainConfig, find_training, fit, staging
-
-if TYPE_CHECKING:
-    from tests.conftest import S3Server
 
 Splits = dict[str, tuple[Pixels, Pixels]]
 Weights = dict[str, torch.Tensor]
@@ -52,21 +46,6 @@ def _ray() -> Iterator[None]:
     ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield
     ray.shutdown()
-
-
-@contextlib.contextmanager
-def own_ray(env: dict[str, str]) -> Iterator[None]:
-    """Another Ray, whose processes have these variables."""
-    ray.shutdown()
-    ray.init(
-        address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR",
-        runtime_env={"env_vars": env},
-    )  # fmt: skip
-    try:
-        yield
-    finally:
-        ray.shutdown()
-        ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
 
 
 def weights(store: Store, run_id: str) -> Weights:
@@ -295,77 +274,6 @@ def test_with_a_validation_split_the_test_images_are_not_looked_at(tmp_path: Pat
     config = SMALL_RUN.model_copy(update={"epochs": 2})
     training = fit(store, "r", manifest, config, ClusterConfig(workers=2, gpu="no"), LoadConfig())
     assert {epoch.held_out for epoch in training.history} == {"validation"}
-
-
-@pytest.fixture
-def streamed_from_s3(
-    own_s3_server: "S3Server", monkeypatch: pytest.MonkeyPatch, small_manifest: Callable[[Store], Manifest]
-) -> tuple[Store, Manifest]:
-    """The small splits on an S3 server that the test may stop; Ray's workers have its credentials too."""
-    for name, value in own_s3_server.env.items():
-        monkeypatch.setenv(name, value)
-    store = open_store(f"s3://{own_s3_server.bucket}/run")
-    return store, small_manifest(store)
-
-
-STREAMING = LoadConfig(loading="streaming")
-
-
-def test_the_s3_server_stopped_for_10_seconds_in_mid_epoch_is_waited_for(
-    streamed_from_s3: tuple[Store, Manifest], own_s3_server: "S3Server", tmp_path: Path
-) -> None:
-    store, manifest = streamed_from_s3
-    cluster = ClusterConfig(workers=2, gpu="no")
-    outages: list[Future[None]] = []
-
-    def outage() -> None:
-        own_s3_server.stop()
-        time.sleep(10)
-        own_s3_server.start()
-
-    # The server dies with the thread that started it, so that one outlives the training.
-    with ThreadPoolExecutor(1) as pool, own_ray(own_s3_server.env):
-
-        def begin_outage(epoch: EpochMetrics) -> None:
-            if epoch.epoch == 2:
-                outages.append(pool.submit(outage))
-
-        training = fit(store, "outage", manifest, SMALL_RUN, cluster, STREAMING, begin_outage)
-        outages[0].result()
-        copy = copied(store, open_store(str(tmp_path)), manifest)
-    assert [epoch.epoch for epoch in training.history] == list(range(1, 13))
-    assert sum(epoch.seconds for epoch in training.history) > 10, "nobody had to wait"
-    spared = fit(copy, "spared", manifest, SMALL_RUN, cluster, STREAMING)
-    assert training.candidate_sha256 == spared.candidate_sha256
-
-
-def copied(store: Store, into: Store, manifest: Manifest) -> Store:
-    """The other store, with the dataset in it."""
-    for key in store.keys(manifest.folder):
-        into.put(key, store.read(key))
-    return into
-
-
-def test_the_s3_server_stopped_for_good_ends_in_an_error_that_names_the_object(
-    streamed_from_s3: tuple[Store, Manifest], own_s3_server: "S3Server", tmp_path: Path
-) -> None:
-    store, manifest = streamed_from_s3
-    stopped: list[float] = []
-
-    def stop(epoch: EpochMetrics) -> None:
-        if epoch.epoch == 2:
-            own_s3_server.stop()
-            stopped.append(time.monotonic())
-
-    config = SMALL_RUN.model_copy(update={"epochs": 2000})
-    with own_ray(own_s3_server.env), pytest.raises(StorageError) as raised:
-        fit(store, "lost", manifest, config, ClusterConfig(workers=2, gpu="no"), STREAMING, stop)
-    assert time.monotonic() - stopped[0] < 240
-    assert re.match(r"s3://lenet-tests/run/\S+: store failed", str(raised.value))
-    own_s3_server.start()
-    last = max(key for key in store.keys(f"{staging('lost')}/ray") if "/checkpoint_" in key)
-    (tmp_path / "state").write_bytes(store.read(last))
-    assert len(read_state(tmp_path / "state")[1].history) >= 2
 
 
 def test_a_loss_that_explodes_is_named_and_the_last_good_checkpoint_stays(

@@ -1,0 +1,109 @@
+"""Proves that streamed training outlives an S3 server that goes away for a while, and names what it lost for good."""
+
+import contextlib
+import re
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import ray
+
+from pipeline.checkpoint import EpochMetrics, read_state
+from pipeline.cluster import ClusterConfig
+from pipeline.errors import StorageError
+from pipeline.loader import LoadConfig
+from pipeline.shards import Manifest
+from pipeline.storage import Store, open_store
+from pipeline.train import TrainConfig, fit, staging
+
+if TYPE_CHECKING:
+    from tests.conftest import S3Server
+
+SMALL_RUN = TrainConfig(epochs=12, global_batch_size=64, lr=0.5, seed=3)
+
+
+@contextlib.contextmanager
+def own_ray(env: dict[str, str]) -> Iterator[None]:
+    """A Ray whose processes have these variables."""
+    ray.init(
+        address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR",
+        runtime_env={"env_vars": env},
+    )  # fmt: skip
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@pytest.fixture
+def streamed_from_s3(
+    own_s3_server: "S3Server", monkeypatch: pytest.MonkeyPatch, small_manifest: Callable[[Store], Manifest]
+) -> tuple[Store, Manifest]:
+    """The small splits on an S3 server that the test may stop; Ray's workers have its credentials too."""
+    for name, value in own_s3_server.env.items():
+        monkeypatch.setenv(name, value)
+    store = open_store(f"s3://{own_s3_server.bucket}/run")
+    return store, small_manifest(store)
+
+
+STREAMING = LoadConfig(loading="streaming")
+
+
+def test_the_s3_server_stopped_for_10_seconds_in_mid_epoch_is_waited_for(
+    streamed_from_s3: tuple[Store, Manifest], own_s3_server: "S3Server", tmp_path: Path
+) -> None:
+    store, manifest = streamed_from_s3
+    cluster = ClusterConfig(workers=2, gpu="no")
+    outages: list[Future[None]] = []
+
+    def outage() -> None:
+        own_s3_server.stop()
+        time.sleep(10)
+        own_s3_server.start()
+
+    # The server dies with the thread that started it, so that one outlives the training.
+    with ThreadPoolExecutor(1) as pool, own_ray(own_s3_server.env):
+
+        def begin_outage(epoch: EpochMetrics) -> None:
+            if epoch.epoch == 2:
+                outages.append(pool.submit(outage))
+
+        training = fit(store, "outage", manifest, SMALL_RUN, cluster, STREAMING, begin_outage)
+        outages[0].result()
+        copy = copied(store, open_store(str(tmp_path)), manifest)
+        spared = fit(copy, "spared", manifest, SMALL_RUN, cluster, STREAMING)
+    assert [epoch.epoch for epoch in training.history] == list(range(1, 13))
+    assert sum(epoch.seconds for epoch in training.history) > 10, "nobody had to wait"
+    assert training.candidate_sha256 == spared.candidate_sha256
+
+
+def copied(store: Store, into: Store, manifest: Manifest) -> Store:
+    """The other store, with the dataset in it."""
+    for key in store.keys(manifest.folder):
+        into.put(key, store.read(key))
+    return into
+
+
+def test_the_s3_server_stopped_for_good_ends_in_an_error_that_names_the_object(
+    streamed_from_s3: tuple[Store, Manifest], own_s3_server: "S3Server", tmp_path: Path
+) -> None:
+    store, manifest = streamed_from_s3
+    stopped: list[float] = []
+
+    def stop(epoch: EpochMetrics) -> None:
+        if epoch.epoch == 2:
+            own_s3_server.stop()
+            stopped.append(time.monotonic())
+
+    config = SMALL_RUN.model_copy(update={"epochs": 2000})
+    with own_ray(own_s3_server.env), pytest.raises(StorageError) as raised:
+        fit(store, "lost", manifest, config, ClusterConfig(workers=2, gpu="no"), STREAMING, stop)
+    assert time.monotonic() - stopped[0] < 240
+    assert re.match(r"s3://lenet-tests/run/\S+: store failed", str(raised.value))
+    own_s3_server.start()
+    last = max(key for key in store.keys(f"{staging('lost')}/ray") if "/checkpoint_" in key)
+    (tmp_path / "state").write_bytes(store.read(last))
+    assert len(read_state(tmp_path / "state")[1].history) >= 2
