@@ -2,6 +2,7 @@
 # make test   set up, then run all tests
 # make check  lint, format and types, as CI does
 # make bench  measure against the textbook loop (10 minutes) and write docs/benchmarks.md
+# make bench-data  measure the data plane against others' (5 minutes), into docs/data-benchmarks.md
 # make parity compare with a plain PyTorch loop over seeds and worker counts (20 minutes), into docs/parity.md
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint requirements.lock
 export PYTHONWARNINGS ?= ignore
 
-.PHONY: run test check format bench parity clean
+.PHONY: run test check format bench bench-data parity clean
 
 run: .venv/runs
 	@$(BIN)/lenet train $(ARGS)
@@ -29,6 +30,9 @@ format: .venv/tests
 bench: .venv/tests
 	$(BIN)/python tests/bench/speed.py
 
+bench-data: .venv/bench
+	$(BIN)/python tests/bench/data.py
+
 parity: .venv/tests
 	$(BIN)/python tests/bench/parity.py
 
@@ -43,4 +47,8 @@ clean:
 
 .venv/tests: .venv/runs
 	$(PIP) --editable '.[dev]'
+	@touch $@
+
+.venv/bench: .venv/tests
+	$(PIP) --editable '.[dev,bench]'
 	@touch $@

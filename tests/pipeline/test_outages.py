@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 import ray
 
-from pipeline.checkpoint import EpochMetrics, read_state
+from pipeline.checkpoint import FILE_NAME, EpochMetrics, read_state
 from pipeline.cluster import ClusterConfig
 from pipeline.errors import StorageError
 from pipeline.loader import LoadConfig
@@ -104,6 +104,6 @@ def test_the_s3_server_stopped_for_good_ends_in_an_error_that_names_the_object(
     assert time.monotonic() - stopped[0] < 240
     assert re.match(r"s3://lenet-tests/run/\S+: store failed", str(raised.value))
     own_s3_server.start()
-    last = max(key for key in store.keys(f"{staging('lost')}/ray") if "/checkpoint_" in key)
+    last = max(key for key in store.keys(f"{staging('lost')}/ray") if key.endswith(FILE_NAME))
     (tmp_path / "state").write_bytes(store.read(last))
     assert len(read_state(tmp_path / "state")[1].history) >= 2
