@@ -147,7 +147,8 @@ def main(
     for name, value in RAY_TRAIN_SETTINGS.items():
         os.environ.setdefault(name, value)
     source = open_source(fetch(SourceConfig()))
-    ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    # Room for Ray Data's own tasks beside the two workers: without it they wait for each other for ever.
+    ray.init(address="local", num_cpus=2 * WORKERS, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     ray.data.DataContext.get_current().enable_progress_bars = False
     measured: dict[str, list[float]] = {}
 
