@@ -19,7 +19,7 @@ def lenet(*arguments: str) -> int:
 @pytest.mark.parametrize(
     ("arguments", "message", "exit_code"),
     [
-        ("--dataset cifar", "dataset='cifar': no such dataset; use one of fashion-mnist", 2),
+        ("--dataset cifar", "dataset='cifar': not one of fashion-mnist, mnist", 2),
         ("--epochs 0", "epochs=0: it should be greater than or equal to 1; use a number from 1 to 10000", 2),
         ("--epochs ten", 'Invalid value for --epochs: unable to convert "ten" into int.', 2),
         ("--epoch 3", "Unknown option: --epoch. Did you mean --epochs?", 2),
