@@ -125,7 +125,10 @@ def _train_epoch(session: Session, position: Position) -> Tensor:
         )
         if job.checkpoint_steps and step % job.checkpoint_steps == 0 and step < place.steps:
             position.step, position.seconds = step, time.perf_counter() - started
-            loss, correct, images = summed(counts.clone()).tolist()
+            so_far = summed(counts.clone())
+            loss, correct, images = so_far.tolist()
+            if not math.isfinite(loss):
+                return so_far  # on every rank: no checkpoint of weights that are lost, and no more steps with them
             position.counts = (loss, correct, images)
             _report(session, position, {"epoch": position.epoch, "step": step})
     total = summed(counts)

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from lenet.model import LeNet
 from lenet.recipe import RECIPES
 from lenet.step import evaluate_step, metrics_of
-from pipeline.checkpoint import EpochMetrics
+from pipeline.checkpoint import FILE_NAME, EpochMetrics
 from pipeline.cluster import ClusterConfig
 from pipeline.errors import TrainingError
 from pipeline.idx import Pixels
@@ -276,13 +276,16 @@ def test_with_a_validation_split_the_test_images_are_not_looked_at(tmp_path: Pat
     assert {epoch.held_out for epoch in training.history} == {"validation"}
 
 
-def test_a_loss_that_explodes_is_named_and_the_last_good_checkpoint_stays(
-    small_store: Store, manifest: Manifest
+@pytest.mark.parametrize("checkpoint_steps", [None, 2])
+def test_a_loss_that_explodes_is_named_and_its_weights_are_not_kept(
+    small_store: Store, manifest: Manifest, checkpoint_steps: int | None
 ) -> None:
-    config = SMALL_RUN.model_copy(update={"lr": 1e38})
+    config = SMALL_RUN.model_copy(update={"lr": 1e38, "checkpoint_steps": checkpoint_steps})
+    run_id = f"exploded-{checkpoint_steps}"
     with pytest.raises(TrainingError, match=r"undefined in epoch 1 with lr=1e\+38; lower lr"):
-        fit(small_store, "exploded", manifest, config, ClusterConfig(workers=2, gpu="no"), LoadConfig())
-    assert find_training(small_store, "exploded") is None
+        fit(small_store, run_id, manifest, config, ClusterConfig(workers=2, gpu="no"), LoadConfig())
+    assert find_training(small_store, run_id) is None
+    assert not [key for key in small_store.keys(staging(run_id)) if key.endswith(FILE_NAME)]
 
 
 def ray_processes(kind: str) -> list[psutil.Process]:
