@@ -3,6 +3,7 @@
 # make check  lint, format and types, as CI does
 # make bench  measure against the textbook loop (10 minutes) and write docs/benchmarks.md
 # make bench-data  measure the data plane against others' (5 minutes), into docs/data-benchmarks.md
+# make bench-scale shard and stream 6 million images (15 minutes, 3 GB of disk), into docs/scale.md
 # make parity compare with a plain PyTorch loop over seeds and worker counts (20 minutes), into docs/parity.md
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint requirements.lock
 export PYTHONWARNINGS ?= ignore
 
-.PHONY: run test check format bench bench-data parity clean
+.PHONY: run test check format bench bench-data bench-scale parity clean
 
 run: .venv/runs
 	@$(BIN)/lenet train $(ARGS)
@@ -32,6 +33,9 @@ bench: .venv/tests
 
 bench-data: .venv/bench
 	$(BIN)/python tests/bench/data.py
+
+bench-scale: .venv/tests
+	$(BIN)/python tests/bench/scale.py
 
 parity: .venv/tests
 	$(BIN)/python tests/bench/parity.py
