@@ -211,12 +211,12 @@ def test_a_damaged_shard_stops_the_command_with_one_line(tmp_path: Path) -> None
 
     config = run.begin(run.config_of({"storage": str(tmp_path / "store")}), "sharded")
     run.shard(config, run.download(config))
-    shard = next(tmp_path.rglob("test-00001-of-00008.parquet"))
+    shard = next(tmp_path.rglob("train-00001-of-00006.parquet"))
     shard.write_bytes(shard.read_bytes()[:-1])
     process = command.start("--epochs", "1", "--run-id", "r")
     out, err = process.communicate(timeout=120)
     assert process.returncode == 1
-    assert re.fullmatch(r"lenet: \S+/test-00001-of-00008\.parquet: shard is altered, [^\n]+\n", err)
+    assert re.fullmatch(r"lenet: \S+/train-00001-of-00006\.parquet: shard is altered, [^\n]+\n", err)
     assert "Traceback" not in out
     assert find_training(open_store(str(tmp_path / "store")), "r") is None
 
