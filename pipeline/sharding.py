@@ -106,7 +106,9 @@ def dataset_folder(
     dataset: str, made_of: Mapping[str, str], conversion: Mapping[str, object], config: ShardConfig
 ) -> str:
     """Key of the folder for a dataset laid out as `config` says: known before a byte of a published one is fetched."""
-    version = [FORMAT_VERSION, config.shard_mib, config.validation_fraction, dict(made_of), dict(conversion)]
+    # 8 and 8.0 are one layout.
+    layout = [float(config.shard_mib), float(config.validation_fraction)]
+    version = [FORMAT_VERSION, *layout, dict(made_of), dict(conversion)]
     return f"datasets/{dataset}/{sha256(json.dumps(version, sort_keys=True).encode())[:16]}"
 
 

@@ -139,6 +139,8 @@ def test_the_folder_is_named_by_what_the_dataset_is_made_of(sharded: tuple[Store
     manifest = sharded[1]
     name, made_of = manifest.dataset, manifest.made_of
     assert manifest.folder == dataset_folder(name, made_of, {}, ShardConfig(shard_mib=0.125))
+    whole = [dataset_folder(name, made_of, {}, ShardConfig.model_construct(shard_mib=mib)) for mib in (8, 8.0)]
+    assert whole[0] == whole[1] == dataset_folder(name, made_of, {}, ShardConfig())
     others = [
         dataset_folder("other", made_of, {}, ShardConfig(shard_mib=0.125)),
         dataset_folder(name, {**made_of, "more": "sha256:0"}, {}, ShardConfig(shard_mib=0.125)),
