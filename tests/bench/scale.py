@@ -42,14 +42,12 @@ class Deformed(Source):
 
     images: int
 
-    def rows(self, split: str) -> int:
-        return self.images if split == "train" else super().rows(split)
-
     def labels(self, split: str) -> np.ndarray:
-        return np.resize(super().labels(split), self.rows(split))
+        labels = super().labels(split)
+        return np.resize(labels, self.images) if split == "train" else labels
 
     def read(self, split: str, rows: np.ndarray) -> np.ndarray:
-        copy, original = np.divmod(rows, super().rows(split))
+        copy, original = np.divmod(rows, len(super().labels(split)))
         images = super().read(split, original)
         for number in np.unique(copy[copy > 0]):
             mine = np.flatnonzero(copy == number)
@@ -77,7 +75,7 @@ class Memory:
         me = psutil.Process()
         for process in [me, *me.children(recursive=True)]:
             try:
-                used, name = process.memory_full_info().uss, " ".join(process.cmdline())[:40]
+                used, name = process.memory_full_info().uss, " ".join(process.cmdline()).strip()[:40]
             except (psutil.NoSuchProcess, psutil.AccessDenied):
                 continue
             self.first.setdefault(process.pid, used)
