@@ -15,7 +15,7 @@ from pipeline.catalog import CATALOG
 from pipeline.contact import contact_sheet, render_html, render_png
 from pipeline.errors import ConfigError, DataError
 from pipeline.run import DataConfig, config_of, prepare
-from pipeline.shards import Manifest, check_shards, list_manifests
+from pipeline.shards import Manifest, list_manifests, verify_shards
 from pipeline.storage import Store, open_store
 
 data = App(name="data", help="Datasets: list, prepare, verify, show.")
@@ -52,11 +52,11 @@ def list_datasets(*, storage: Storage = DEFAULT_STORAGE) -> None:
 @with_parameters(DataConfig, lambda field, text: Annotated[field.annotation, Parameter(help=text)])
 def prepare_dataset(**parameters: Any) -> None:
     """Bring a dataset here, check it, and shard it into the store."""
+    config = config_of(parameters, DataConfig)
     with _logging():
-        manifest = prepare(config_of(parameters, DataConfig))
+        manifest = prepare(config)
     _describe(manifest)
-    store = open_store(str(parameters.get("storage", DEFAULT_STORAGE)))
-    print(f"{manifest.dataset} version {manifest.version}: {store.locate(manifest.folder)}")
+    print(f"{manifest.dataset} version {manifest.version}: {open_store(config.storage).locate(manifest.folder)}")
 
 
 @data.command(name="verify")
@@ -69,7 +69,7 @@ def verify_datasets(*datasets: str, storage: Storage = DEFAULT_STORAGE) -> None:
     store = open_store(storage)
     with _logging():
         for manifest in _named(store, datasets):
-            check_shards(store, manifest)
+            verify_shards(store, manifest, decode=True)
 
 
 @data.command(name="show")

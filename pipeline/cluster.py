@@ -4,10 +4,8 @@ import contextlib
 import logging
 import os
 import socket
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from itertools import islice
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import joblib
 import ray
@@ -15,6 +13,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from pipeline.ahead import Result, Task, in_order
 from pipeline.errors import ClusterError, ConfigError
 
 # Ray Train reads these from the environment; what the user has set there stays.
@@ -25,9 +24,6 @@ RAY_TRAIN_SETTINGS = {
 
 
 CONNECT_TIMEOUT_S = 5
-
-Task = TypeVar("Task")
-Result = TypeVar("Result")
 
 
 class ClusterConfig(BaseModel):
@@ -124,12 +120,8 @@ def run_on_ray(config: ClusterConfig, work: Callable[[Task], Result], tasks: Ite
         remote: Any = ray.remote(work).options(scheduling_strategy=stay)
         nodes = ray.nodes()  # type: ignore[no-untyped-call]
         cpus = next(int(node["Resources"].get("CPU", 1)) for node in nodes if node["NodeID"] == here)
-        waiting = iter(tasks)
-        running = deque(remote.remote(task) for task in islice(waiting, 2 * cpus))
-        while running:
-            result: Result = ray.get(running.popleft())
-            running.extend(remote.remote(task) for task in islice(waiting, 1))
-            yield result
+        get: Callable[[Any], Result] = ray.get
+        yield from in_order(remote.remote, get, tasks, ahead=2 * cpus)
 
 
 def _connect(config: ClusterConfig) -> None:

@@ -22,9 +22,8 @@ import requests.exceptions
 from pipeline.catalog import CATALOG, Dataset
 from pipeline.convert import bring_own, recognisable
 from pipeline.errors import ConfigError, DataError
-from pipeline.idx import Pixels, read_pair
 from pipeline.published import check_published, convert, describe, unpack
-from pipeline.source import FACTS, IMAGES, LABELS, SPLITS, leave, open_source
+from pipeline.source import FACTS, leave, open_source
 from pipeline.source import SourceConfig as SourceConfig
 from pipeline.storage import open_store
 
@@ -106,13 +105,6 @@ def fetch(config: SourceConfig) -> Path:
         raise DataError(
             f"{config.dataset}: {error.filename or cache}: {error.strerror}; check the disk and the folder's mode"
         ) from error
-
-
-def read_verified(dataset: Dataset, folder: Path) -> dict[str, tuple[Pixels, Pixels]]:
-    """Images uint8 (N, height, width) and labels uint8 (N,) by split, mapped, from a folder that `fetch` left."""
-    open_source(folder)
-    n = len(dataset.classes)
-    return {split: read_pair(folder / IMAGES[split], folder / LABELS[split], n) for split in SPLITS}
 
 
 def _fetch_published(dataset: Dataset, config: SourceConfig, cache: Path) -> Path:

@@ -5,11 +5,9 @@ are needed, a few ahead, in a thread of its own. Both begin at any step of any e
 goes on there.
 """
 
-from collections import deque
 from collections.abc import Generator, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
 from typing import Literal, Protocol
 
 import numpy as np
@@ -17,6 +15,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from pipeline.ahead import in_order
 from pipeline.order import Segment, ShuffledOrder, StreamedOrder, batch_at, steps_per_epoch
 from pipeline.shards import Manifest, read_rows, read_shard
 from pipeline.storage import Store
@@ -150,14 +149,12 @@ class StreamingLoader:
 
     def _read_ahead(self, order: StreamedOrder, first_step: int) -> Generator[_Loaded, None, None]:
         """The rank's segments in the order they are needed, the next few being read meanwhile."""
-        waiting = iter(order.needed(first_step, self.place.rank, self.place.world_size))
+        needed = order.needed(first_step, self.place.rank, self.place.world_size)
         pool = ThreadPoolExecutor(1, "read-ahead")
         try:
-            running = deque(pool.submit(self._load, order, segment) for segment in islice(waiting, READ_AHEAD))
-            while running:
-                loaded = running.popleft().result()
-                running.extend(pool.submit(self._load, order, segment) for segment in islice(waiting, 1))
-                yield loaded
+            yield from in_order(
+                lambda segment: pool.submit(self._load, order, segment), Future.result, needed, READ_AHEAD
+            )
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 

@@ -11,15 +11,15 @@ import logging
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from pipeline.ahead import in_order
 from pipeline.errors import DataError
 from pipeline.order import Rows, hold_out, share
 from pipeline.shards import (
@@ -95,11 +95,7 @@ Run = Callable[[Callable[[ShardTask], Part], Iterable[ShardTask]], Iterator[Part
 def run_in_threads(work: Callable[[ShardTask], Part], tasks: Iterable[ShardTask]) -> Iterator[Part]:
     """The parts in the order of the tasks, a few at work at a time."""
     with ThreadPoolExecutor(THREADS) as pool:
-        waiting = iter(tasks)
-        running = [pool.submit(work, task) for task in islice(waiting, 2 * THREADS)]
-        while running:
-            yield running.pop(0).result()
-            running += [pool.submit(work, task) for task in islice(waiting, 1)]
+        yield from in_order(lambda task: pool.submit(work, task), Future.result, tasks, ahead=2 * THREADS)
 
 
 def dataset_folder(

@@ -9,14 +9,15 @@ import tempfile
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import ray
 import torch
 from cyclopts import App, Parameter
 from textbook import tensor_loop
 
 from pipeline import run
-from pipeline.catalog import FASHION_MNIST
-from pipeline.download import SourceConfig, fetch, read_verified
+from pipeline.download import SourceConfig, fetch
+from pipeline.source import SPLITS, open_source
 
 ROOT = Path(__file__).parents[2]
 WORKERS = (1, 2, 3)
@@ -33,9 +34,13 @@ def main(
 ) -> None:
     """Run all and write the table."""
     results: dict[str, list[Result]] = {}
-    splits = read_verified(FASHION_MNIST, fetch(SourceConfig()))
+    source = open_source(fetch(SourceConfig()))
     (train_x, train_y), (test_x, test_y) = (
-        (torch.from_numpy(x.copy()), torch.from_numpy(y.copy()).long()) for x, y in splits.values()
+        (
+            torch.from_numpy(source.read(split, np.arange(source.rows(split)))),
+            torch.from_numpy(source.labels(split).copy()).long(),
+        )
+        for split in SPLITS
     )
     # One local Ray for all runs, with room for three workers whatever the number of cores.
     ray.init(
