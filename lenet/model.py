@@ -49,26 +49,33 @@ class LeNet(nn.Module):
     are the same. Raises ValueError for any other shape, for fewer than two classes, and for pixel_std not above 0.
     """
 
-    def __init__(self, n_classes: int = 10, pixel_mean: float = 0.0, pixel_std: float = 1.0) -> None:
+    def __init__(
+        self,
+        n_classes: int = 10,
+        pixel_mean: float = 0.0,
+        pixel_std: float = 1.0,
+        activation: type[nn.Module] = nn.Sigmoid,
+        pooling: type[nn.Module] = nn.AvgPool2d,
+    ) -> None:
         super().__init__()
         if n_classes < 2:
             raise ValueError(f"n_classes is {n_classes}; a classifier needs at least 2")
-        self.n_classes = n_classes
+        self.n_classes, self.pixel_mean, self.pixel_std = n_classes, pixel_mean, pixel_std
         self.pad = PadTo32()
         if (pixel_mean, pixel_std) != (0.0, 1.0):
             # After the border, which is black like the rest of the background.
             self.standardise = Standardise(pixel_mean, pixel_std)
         self.conv1 = nn.Conv2d(1, 6, kernel_size=5)
-        self.act1 = nn.Sigmoid()
-        self.pool1 = nn.AvgPool2d(2)
+        self.act1 = activation()
+        self.pool1 = pooling(2)
         self.conv2 = nn.Conv2d(6, 16, kernel_size=5)
-        self.act2 = nn.Sigmoid()
-        self.pool2 = nn.AvgPool2d(2)
+        self.act2 = activation()
+        self.pool2 = pooling(2)
         self.flatten = nn.Flatten()
         self.fc1 = nn.Linear(16 * 5 * 5, 120)
-        self.act3 = nn.Sigmoid()
+        self.act3 = activation()
         self.fc2 = nn.Linear(120, 84)
-        self.act4 = nn.Sigmoid()
+        self.act4 = activation()
         self.fc3 = nn.Linear(84, n_classes)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -90,6 +97,7 @@ def fold_standardise(model: LeNet) -> LeNet:
     if hasattr(plain, "standardise"):
         mean, std = plain.standardise.mean, plain.standardise.std
         del plain.standardise
+        plain.pixel_mean, plain.pixel_std = 0.0, 1.0
         weights = plain.state_dict()
         weight, bias = weights["conv1.weight"].double(), weights["conv1.bias"].double()
         folded = {"conv1.weight": weight / std, "conv1.bias": bias - weight.sum(dim=(1, 2, 3)) * (mean / std)}

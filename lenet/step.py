@@ -1,4 +1,4 @@
-"""One training step and one evaluation step: tensors in, summable counts out.
+"""What one rank does with a batch, to train or to evaluate: tensors in, summable counts out.
 
 Counts are a float64 tensor (3,): sum of the cross-entropy losses, correct predictions, images. They add up over
 steps and over workers without rounding that anyone could see, and they stay on the device, so that no step
@@ -39,29 +39,61 @@ def normalise(images: Tensor) -> Tensor:
     return images.unsqueeze(1).to(torch.float32).div_(255.0)
 
 
-def train_step(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    images: Tensor,
-    labels: Tensor,
-    *,
-    global_batch: int,
-    world_size: int = 1,
-) -> Tensor:
-    """One optimizer step on this rank's slice of a global batch; returns the slice's counts.
+def flatten(model: nn.Module) -> nn.Parameter:
+    """One float (parameters,) that holds all of a model's parameters, with a gradient, zero, that holds all of theirs.
 
-    images: uint8 (b, 28, 28); labels: uint8 or int64 (b,); b may be 0 and may differ between ranks.
-    `global_batch` is the number of images over all ranks. DDP averages gradients over the ranks, so the loss *sum*
-    times world_size / global_batch makes that average the mean gradient over the true global batch, however
-    unevenly it is sliced.
+    The model's own become views of it, in their order and memory format: one all-reduce and one update serve them all.
     """
-    labels = labels.long()
-    logits = model(normalise(images))
-    loss_sum = F.cross_entropy(logits, labels, reduction="sum")
-    optimizer.zero_grad(set_to_none=True)
-    (loss_sum * (world_size / global_batch)).backward()  # type: ignore[no-untyped-call]
-    optimizer.step()
-    return _counts(logits, labels, loss_sum)
+    parameters = list(model.parameters())
+    flat = nn.Parameter(torch.cat([parameter.detach().flatten() for parameter in parameters]))
+    flat.grad = torch.zeros_like(flat)
+    for parameter, data, gradient in zip(
+        parameters, views(flat.data, parameters), views(flat.grad, parameters), strict=True
+    ):
+        parameter.data = data.copy_(parameter.data)
+        parameter.grad = gradient
+    return flat
+
+
+def views(flat: Tensor, parameters: list[nn.Parameter]) -> list[Tensor]:
+    """Parts of `flat`, one after the other, with the shapes and strides of the parameters."""
+    sizes = [parameter.numel() for parameter in parameters]
+    starts = [sum(sizes[:index]) for index in range(len(sizes))]
+    return [flat.as_strided(p.shape, p.stride(), start) for p, start in zip(parameters, starts, strict=True)]
+
+
+class Gradient:
+    """Computes the part of a model's gradient that this rank's slice of a global batch gives.
+
+    `flat` is what `flatten` made of the model. Called with uint8 (b, H, W) images and their labels (b,), H = W = 28 or
+    32, b may be 0, and the number of images in the global batch, it replaces flat.grad and returns the slice's counts.
+    It divides by the size of the global batch, so the ranks' gradients add up to that of the mean cross-entropy over
+    the global batch, however unevenly that is sliced. With label smoothing (Szegedy et al., 2016) that part of the
+    target is spread over all classes; the loss that is counted is without.
+    """
+
+    def __init__(self, model: nn.Module, flat: nn.Parameter, label_smoothing: float = 0.0) -> None:
+        if flat.grad is None:
+            raise ValueError("the parameter has no gradient to write to; make it by flatten")
+        self.model, self.total, self.label_smoothing = model, flat.grad, label_smoothing
+
+    def __call__(self, images: Tensor, labels: Tensor, *, global_batch: int) -> Tensor:
+        raise NotImplementedError
+
+
+class PlainGradient(Gradient):
+    """As autograd does it, on any device."""
+
+    def __call__(self, images: Tensor, labels: Tensor, *, global_batch: int) -> Tensor:
+        labels = labels.long()
+        logits = self.model(normalise(images))
+        loss_sum = F.cross_entropy(logits, labels, reduction="sum")
+        smoothed = loss_sum
+        if self.label_smoothing:
+            smoothed = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=self.label_smoothing)
+        self.total.zero_()
+        (smoothed / global_batch).backward()  # type: ignore[no-untyped-call]
+        return _counts(logits, labels, loss_sum)
 
 
 @torch.no_grad()

@@ -69,7 +69,7 @@ def save_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer,
         "optimizer_scalars": json.dumps(scalars),
         "optimizer_groups": json.dumps(state["param_groups"]),
     }
-    contiguous = {name: value.detach().contiguous().cpu() for name, value in tensors.items()}
+    contiguous = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     (folder / FILE_NAME).write_bytes(safetensors.torch.save(contiguous, metadata))
 
 

@@ -21,7 +21,8 @@ RAY_TRAIN_SETTINGS = {
     "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "120",  # give up a hung worker after 2 minutes, not 10
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # see reports and the end within half a second, not two
 }
-
+# A local Ray is not preempted: its watcher would take 2 s of a core to start, before the first step.
+LOCAL_RAY_SETTINGS = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
 
 CONNECT_TIMEOUT_S = 5
 
@@ -129,6 +130,8 @@ def _connect(config: ClusterConfig) -> None:
     if config.ray_address is None:
         resources = local_resources()
         cpus, gpus = int(resources["CPU"]), int(resources["GPU"])
+        for name, value in LOCAL_RAY_SETTINGS.items():
+            os.environ.setdefault(name, value)
         ray.init(address="local", num_cpus=cpus, num_gpus=gpus, include_dashboard=False, **quiet)
         return
     try:

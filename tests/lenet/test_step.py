@@ -1,4 +1,4 @@
-"""Proves that a step is mean cross entropy and SGD on the global batch, however it is sliced, and that it learns."""
+"""Proves that a gradient is that of the mean cross-entropy of the global batch, however it is sliced or computed."""
 
 import copy
 from typing import TYPE_CHECKING
@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lenet.fused import FusedGradient, open_gradient
 from lenet.model import LeNet
 from lenet.recipe import RECIPES
-from lenet.step import evaluate_step, metrics_of, no_counts, normalise, predict_step, train_step
+from lenet.step import Gradient, PlainGradient, evaluate_step, flatten, metrics_of, no_counts, normalise, predict_step
 
 if TYPE_CHECKING:
     from tests.conftest import Splits
@@ -30,49 +31,69 @@ def fresh_model() -> LeNet:
     return RECIPES["seed"].build_model(10, seed=3)
 
 
-def gradient_of(model: LeNet, images: Tensor, labels: Tensor, *, global_batch: int, world_size: int) -> list[Tensor]:
-    """What train_step leaves in .grad, with a learning rate of 0 so that the weights stay."""
-    train_step(
-        model,
-        torch.optim.SGD(model.parameters(), lr=0),
-        images,
-        labels,
-        global_batch=global_batch,
-        world_size=world_size,
-    )
-    return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+KINDS = [PlainGradient, FusedGradient]
+both = pytest.mark.parametrize("kind", KINDS)
 
 
-def test_steps_equal_an_independent_plain_loop(images: Tensor, labels: Tensor) -> None:
+def gradient_of(kind: type[Gradient], model: LeNet, images: Tensor, labels: Tensor, global_batch: int) -> Tensor:
+    model = copy.deepcopy(model)
+    flat = flatten(model)
+    assert flat.grad is not None
+    flat.grad.fill_(torch.nan)  # what was there before is of no account
+    kind(model, flat)(images, labels, global_batch=global_batch)
+    return flat.grad
+
+
+@both
+def test_steps_equal_an_independent_plain_loop(kind: type[Gradient], images: Tensor, labels: Tensor) -> None:
     model = fresh_model()
     plain = copy.deepcopy(model)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.9)
+    flat = flatten(model)
+    gradient, optimizer = kind(model, flat), torch.optim.SGD([flat], lr=0.9)
     for first in range(0, 200, 40):
         batch, classes = images[first : first + 40], labels[first : first + 40]
-        train_step(model, optimizer, batch, classes, global_batch=40)
+        gradient(batch, classes, global_batch=40)
+        optimizer.step()
         loss = F.cross_entropy(plain(batch[:, None].float() / 255), classes.long())
         gradients = torch.autograd.grad(loss, list(plain.parameters()))
         with torch.no_grad():
-            for parameter, gradient in zip(plain.parameters(), gradients, strict=True):
-                parameter -= 0.9 * gradient
+            for parameter, slope in zip(plain.parameters(), gradients, strict=True):
+                parameter -= 0.9 * slope
     torch.testing.assert_close(dict(model.named_parameters()), dict(plain.named_parameters()), rtol=1e-5, atol=1e-6)
 
 
+@both
 @pytest.mark.parametrize("sizes", [[200], [100, 100], [199, 1], [67, 66, 67], [120, 0, 80], [0, 0, 0, 200]])
-def test_averaged_gradients_of_any_slices_are_the_whole_batchs(
-    images: Tensor, labels: Tensor, sizes: list[int]
+def test_the_gradients_of_any_slices_add_up_to_the_whole_batchs(
+    kind: type[Gradient], images: Tensor, labels: Tensor, sizes: list[int]
 ) -> None:
-    """DDP averages over ranks: done here by hand, on slices as uneven as can be."""
     model = fresh_model()
-    world = len(sizes)
-    whole = gradient_of(model, images, labels, global_batch=200, world_size=1)
+    whole = gradient_of(kind, model, images, labels, 200)
     ranks = [
-        gradient_of(model, batch, classes, global_batch=200, world_size=world)
+        gradient_of(kind, model, batch, classes, 200)
         for batch, classes in zip(images.split(sizes), labels.split(sizes), strict=True)
     ]
-    averaged = [torch.stack(gradients).mean(dim=0) for gradients in zip(*ranks, strict=True)]
-    assert len(averaged) == 10
-    torch.testing.assert_close(averaged, whole, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(torch.stack(ranks).sum(dim=0), whole, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_flat_is_the_model_and_its_gradient_is_the_models(channels_last: bool) -> None:
+    model = fresh_model()
+    if channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    before = copy.deepcopy(model.state_dict())
+    flat = flatten(model)
+    assert flat.shape == (61_706,)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(value.stride() == before[name].stride() for name, value in model.state_dict().items())
+    with torch.no_grad():
+        flat += 1
+    assert flat.grad is not None
+    flat.grad.fill_(2)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter.data, before[name] + 1)
+        assert parameter.grad is not None
+        assert (parameter.grad == 2).all()
 
 
 def test_counts_of_slices_add_up_to_the_counts_of_the_whole(images: Tensor, labels: Tensor) -> None:
@@ -95,12 +116,14 @@ def test_metrics_are_the_mean_loss_and_the_share_of_hits(images: Tensor, labels:
     assert metrics.images == 200
 
 
-def test_a_train_step_counts_before_it_moves_the_weights(images: Tensor, labels: Tensor) -> None:
+@both
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_a_gradient_comes_with_the_counts_of_its_batch(
+    kind: type[Gradient], images: Tensor, labels: Tensor, smoothing: float
+) -> None:
     model = fresh_model()
-    before = evaluate_step(model, images, labels)
-    counts = train_step(model, torch.optim.SGD(model.parameters(), lr=0.9), images, labels, global_batch=200)
-    assert torch.equal(counts, before)
-    assert not torch.equal(evaluate_step(model, images, labels), before)
+    counts = kind(model, flatten(model), smoothing)(images, labels, global_batch=200)
+    torch.testing.assert_close(counts, evaluate_step(model, images, labels), rtol=1e-6, atol=0)
 
 
 def test_metrics_of_nothing_are_refused() -> None:
@@ -126,9 +149,11 @@ def test_probabilities_are_the_softmax_of_the_logits(images: Tensor) -> None:
 
 def test_training_on_200_real_images_learns_them(images: Tensor, labels: Tensor) -> None:
     model = fresh_model()
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    flat = flatten(model)
+    gradient, optimizer = open_gradient(model, flat), torch.optim.Adam([flat], lr=0.01)
     for _ in range(60):
-        train_step(model, optimizer, images, labels, global_batch=200)
+        gradient(images, labels, global_batch=200)
+        optimizer.step()
     metrics = metrics_of(evaluate_step(model, images, labels))
     assert metrics.loss < 1.0  # ln 10 = 2.3 is what guessing costs
     assert metrics.accuracy > 0.6

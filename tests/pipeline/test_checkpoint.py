@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lenet.model import LeNet
-from lenet.step import train_step
+from lenet.step import PlainGradient, flatten
 from pipeline.checkpoint import FILE_NAME, EpochMetrics, Position, load_state, read_state, save_state
 from pipeline.errors import DataError
 
@@ -44,14 +44,17 @@ def make(optimizer: MakeOptimizer, seed: int) -> tuple[LeNet, torch.optim.Optimi
         model = LeNet()
     # As the workers hold it: the file is contiguous, the memory is not.
     model = model.to(memory_format=torch.channels_last)
-    return model, optimizer(model.parameters())
+    return model, optimizer([flatten(model)])
 
 
 def train(model: LeNet, optimizer: torch.optim.Optimizer, splits: "Splits", steps: range) -> None:
     images, labels = (torch.from_numpy(array) for array in splits["train"])
+    [flat] = optimizer.param_groups[0]["params"]
+    gradient = PlainGradient(model, flat)
     for step in steps:
         rows = slice(step * 20, step * 20 + 20)
-        train_step(model, optimizer, images[rows], labels[rows], global_batch=20)
+        gradient(images[rows], labels[rows], global_batch=20)
+        optimizer.step()
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)

@@ -1,0 +1,82 @@
+"""Adding up the gradients of all ranks: by shared memory where they are processes of one host, else by torch's backend.
+
+For LeNet's 247 KB and two processes on two cores, gloo takes 1.4 to 2.0 ms, most of it waking threads up, and shared
+memory 0.12 ms; a step's own work takes 8 to 10 ms.
+"""
+
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+SHARED_MEMORY = Path("/dev/shm")  # noqa: S108  # where Linux keeps it; the file has no name once all have opened it
+CACHE_LINE = 64
+SPIN_S = 0.02  # a few steps; whoever waits longer is kept waiting by a checkpoint or a reader, and lets others work
+NAP_S = 0.0005
+PATIENCE_S = 120
+
+
+# Replaces a rank's float32 tensor by the sum of all ranks', the same bytes everywhere.
+Sum = Callable[[Tensor], object]
+
+
+def open_sum(size: int, device: torch.device, one_host: bool) -> Sum:
+    """The fastest there is for float32 (size,) on this device; every rank has to call it."""
+    # The flags rely on stores being seen in the order they were made, as x86-64 guarantees and others do not.
+    orderly = platform.machine() in {"x86_64", "AMD64"} and SHARED_MEMORY.is_dir()
+    if one_host and orderly and device.type == "cpu":
+        return SharedSum(size)
+    return dist.all_reduce
+
+
+class SharedSum:
+    """Two rows of slots, one slot for each rank, and a flag for each that says how many sums it has given its part to.
+
+    The rows take turns: who has seen all flags of a turn knows that all have done with the turn before.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        header, slots = self.world_size * CACHE_LINE, 2 * self.world_size * size * 4
+        memory = self._open(header + slots)
+        self.flags = memory[:header].view(torch.int64).view(self.world_size, -1)[:, 0].numpy()
+        self.slots = memory[header:].view(torch.float32).view(2, self.world_size, size)
+        self.turns = 0
+
+    def __call__(self, tensor: Tensor) -> None:
+        """Raises RuntimeError when a rank has not come within PATIENCE_S."""
+        row = self.slots[self.turns % 2]
+        self.turns += 1
+        row[self.rank].copy_(tensor)
+        self.flags[self.rank] = self.turns
+        started = time.monotonic()
+        while self.flags.min() < self.turns:
+            waited = time.monotonic() - started
+            if waited > PATIENCE_S:
+                missing = [rank for rank in range(self.world_size) if self.flags[rank] < self.turns]
+                raise RuntimeError(f"rank {self.rank} waited {waited:.0f} s for gradients of ranks {missing}")
+            # Yielding lets another worker of a shared core go on; a sleep costs 0.06 ms to wake up from.
+            os.sched_yield() if waited < SPIN_S else time.sleep(NAP_S)
+        torch.sum(row, dim=0, out=tensor)
+
+    def _open(self, size: int) -> Tensor:
+        """The same zeroed bytes in every rank, uint8 (size,). The file is gone as soon as all have it open."""
+        path = [""]
+        if self.rank == 0:
+            descriptor, path[0] = tempfile.mkstemp(prefix="lenet-", dir=SHARED_MEMORY)
+            os.ftruncate(descriptor, size)
+            os.close(descriptor)
+        try:
+            dist.broadcast_object_list(path)
+            memory = torch.from_file(path[0], shared=True, size=size, dtype=torch.uint8)
+            dist.barrier()
+        finally:
+            if self.rank == 0:
+                Path(path[0]).unlink()
+        return memory
