@@ -46,7 +46,8 @@ class LeNet(nn.Module):
     """Float images (B, 1, 28, 28) or (B, 1, 32, 32), pixels 0 to 1, to float logits (B, n_classes).
 
     Given the mean and standard deviation of such pixels it standardises them first; its parameters and their names
-    are the same. Raises ValueError for any other shape, for fewer than two classes, and for pixel_std not above 0.
+    are the same. `activation` and `pooling` are modules like the textbook's that take their place. Raises
+    ValueError for any other shape, for fewer than two classes, and for pixel_std not above 0.
     """
 
     def __init__(
