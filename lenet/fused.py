@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from lenet.model import LeNet
-from lenet.step import Gradient, PlainGradient, views
+from lenet.step import Gradient, PlainGradient, count, no_counts, views
 
 WINDOW = 6  # a 5x5 filter at two places in each direction
-# Larger batches are worked off in pieces: 17 MB of buffers, and what is written is read while it is in the cache.
+# Larger batches are worked off in pieces: buffers stay small, and what is written is read while it is in the cache.
 PIECE = 64
 
 
@@ -41,7 +41,7 @@ class FusedGradient(Gradient):
     @torch.no_grad()
     def __call__(self, images: Tensor, labels: Tensor, *, global_batch: int) -> Tensor:
         self.total.zero_()
-        counts = torch.zeros(3, dtype=torch.float64)
+        counts = no_counts()
         for some, classes in zip(torch.split(images, PIECE), torch.split(labels, PIECE), strict=True):
             if len(some):
                 counts += self._pass_for(some).run(some, classes, global_batch, self.label_smoothing)
@@ -64,7 +64,8 @@ class _Pass:
         edge = (32 - side) // 2
         self.inner = self.pixels[0, edge : 32 - edge, edge : 32 - edge]
         conv1, conv2 = (model.conv1, model.act1, model.pool1), (model.conv2, model.act2, model.pool2)
-        self.conv1 = _ConvPool(*conv1, gradients, self.pixels, model.pixel_mean, model.pixel_std)
+        scaling = (model.standardise.mean, model.standardise.std) if hasattr(model, "standardise") else (0.0, 1.0)
+        self.conv1 = _ConvPool(*conv1, gradients, self.pixels, *scaling)
         self.conv2 = _ConvPool(*conv2, gradients, self.conv1.output)
         self.conv1.output_gradient = self.conv2.input_gradient
         dense = [(model.fc1, model.act3), (model.fc2, model.act4), (model.fc3, None)]
@@ -79,19 +80,18 @@ class _Pass:
         x = self.conv2.output.flatten(0, 2)
         for layer in self.dense:
             x = layer.forward(x)
-        labels = labels.long()[None]
+        labels = labels.long()
         log_probabilities = x.log_softmax(dim=0)
-        loss = -log_probabilities.gather(0, labels).sum()
-        correct = (x.argmax(dim=0) == labels[0]).sum()
+        counts = count(x.t(), labels, -log_probabilities.gather(0, labels[None]).sum())
         # The gradient of the mean cross-entropy: the probabilities less the target.
         gradient = log_probabilities.exp_().sub_(label_smoothing / len(x))
-        gradient.scatter_add_(0, labels, gradient.new_full((1, 1), label_smoothing - 1).expand_as(labels))
+        gradient.scatter_add_(0, labels[None], gradient.new_full((1, 1), label_smoothing - 1).expand(1, len(labels)))
         gradient.div_(global_batch)
         for layer in reversed(self.dense):
             gradient = layer.backward(gradient)
         self.conv2.backward()
         self.conv1.backward()
-        return torch.stack([loss.double(), correct.double(), torch.tensor(images.shape[0], dtype=torch.float64)])
+        return counts
 
 
 class _ConvPool:

@@ -61,7 +61,7 @@ class LeNet(nn.Module):
         super().__init__()
         if n_classes < 2:
             raise ValueError(f"n_classes is {n_classes}; a classifier needs at least 2")
-        self.n_classes, self.pixel_mean, self.pixel_std = n_classes, pixel_mean, pixel_std
+        self.n_classes = n_classes
         self.pad = PadTo32()
         if (pixel_mean, pixel_std) != (0.0, 1.0):
             # After the border, which is black like the rest of the background.
@@ -98,7 +98,6 @@ def fold_standardise(model: LeNet) -> LeNet:
     if hasattr(plain, "standardise"):
         mean, std = plain.standardise.mean, plain.standardise.std
         del plain.standardise
-        plain.pixel_mean, plain.pixel_std = 0.0, 1.0
         weights = plain.state_dict()
         weight, bias = weights["conv1.weight"].double(), weights["conv1.bias"].double()
         folded = {"conv1.weight": weight / std, "conv1.bias": bias - weight.sum(dim=(1, 2, 3)) * (mean / std)}

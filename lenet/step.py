@@ -93,7 +93,7 @@ class PlainGradient(Gradient):
             smoothed = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=self.label_smoothing)
         self.total.zero_()
         (smoothed / global_batch).backward()  # type: ignore[no-untyped-call]
-        return _counts(logits, labels, loss_sum)
+        return count(logits, labels, loss_sum)
 
 
 @torch.no_grad()
@@ -101,7 +101,7 @@ def evaluate_step(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     """Counts of `model` on uint8 (b, 28, 28) images and their labels (b,)."""
     labels = labels.long()
     logits = model(normalise(images))
-    return _counts(logits, labels, F.cross_entropy(logits, labels, reduction="sum"))
+    return count(logits, labels, F.cross_entropy(logits, labels, reduction="sum"))
 
 
 @torch.no_grad()
@@ -112,7 +112,8 @@ def predict_step(model: nn.Module, images: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _counts(logits: Tensor, labels: Tensor, loss_sum: Tensor) -> Tensor:
+def count(logits: Tensor, labels: Tensor, loss_sum: Tensor) -> Tensor:
+    """Counts of logits (b, n_classes) whose losses have this sum, labels int64 (b,)."""
     correct = (logits.argmax(dim=1) == labels).sum()
     images = torch.full_like(loss_sum, labels.numel())
     return torch.stack([loss_sum.detach().double(), correct.double(), images.double()])
