@@ -1,4 +1,4 @@
-"""The command line: `lenet train` with the flow's own parameters, `lenet data` for datasets, `lenet layers`."""
+"""The command line: `lenet train` with the flow's parameters, and `lenet tune`, `runs`, `data` and `layers`."""
 
 import importlib.metadata
 import os
@@ -14,8 +14,10 @@ from rich.table import Table
 
 from flows.data import data
 from flows.parameters import with_parameters
+from flows.runs import runs
+from flows.tune import tune
 from lenet.model import LeNet, layer_table
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, Terminated
 from pipeline.run import RunConfig, check, config_of
 
 app = App(
@@ -27,6 +29,8 @@ app = App(
     exit_on_error=False,
 )
 app.command(data)
+app.command(runs)
+app.command(tune)
 
 # Nothing is scheduled on a server that lives as long as one command: 15 s to start without these, not 18.
 UNUSED_SERVICES = (
@@ -109,7 +113,7 @@ def layer_rows(image_size: int, classes: int) -> Table:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point: one line on stderr and exit code 1 or 2 for what the user can mend, 130 for Ctrl-C."""
+    """Entry point: one line on stderr; exit code 1 or 2 for what the user can mend, 130 for Ctrl-C, 143 for SIGTERM."""
     try:
         app(sys.argv[1:] if arguments is None else arguments)
     except CycloptsError as error:
@@ -118,9 +122,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except PipelineError as error:
         print(f"lenet: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         print("lenet: interrupted; the same --run-id goes on from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(143 if isinstance(interrupt, Terminated) else 130)
 
 
 if __name__ == "__main__":

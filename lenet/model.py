@@ -6,10 +6,16 @@ in the simplified form of Zhang et al., "Dive into Deep Learning", section 7.6.
 
 import copy
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+Activation = Literal["sigmoid", "tanh", "relu"]
+Pooling = Literal["average", "max"]
+ACTIVATIONS: dict[str, type[nn.Module]] = {"sigmoid": nn.Sigmoid, "tanh": nn.Tanh, "relu": nn.ReLU}
+POOLINGS: dict[str, type[nn.Module]] = {"average": nn.AvgPool2d, "max": nn.MaxPool2d}
 
 
 class PadTo32(nn.Module):
@@ -46,8 +52,8 @@ class LeNet(nn.Module):
     """Float images (B, 1, 28, 28) or (B, 1, 32, 32), pixels 0 to 1, to float logits (B, n_classes).
 
     Given the mean and standard deviation of such pixels it standardises them first; its parameters and their names
-    are the same. `activation` and `pooling` are modules like the textbook's that take their place. Raises
-    ValueError for any other shape, for fewer than two classes, and for pixel_std not above 0.
+    are the same. The textbook's activation and pooling are sigmoid and average. Raises ValueError for any other shape,
+    for fewer than two classes, and for pixel_std not above 0.
     """
 
     def __init__(
@@ -55,28 +61,28 @@ class LeNet(nn.Module):
         n_classes: int = 10,
         pixel_mean: float = 0.0,
         pixel_std: float = 1.0,
-        activation: type[nn.Module] = nn.Sigmoid,
-        pooling: type[nn.Module] = nn.AvgPool2d,
+        activation: Activation = "sigmoid",
+        pooling: Pooling = "average",
     ) -> None:
         super().__init__()
         if n_classes < 2:
             raise ValueError(f"n_classes is {n_classes}; a classifier needs at least 2")
-        self.n_classes = n_classes
+        self.n_classes, self.activation, self.pooling = n_classes, activation, pooling
         self.pad = PadTo32()
         if (pixel_mean, pixel_std) != (0.0, 1.0):
             # After the border, which is black like the rest of the background.
             self.standardise = Standardise(pixel_mean, pixel_std)
         self.conv1 = nn.Conv2d(1, 6, kernel_size=5)
-        self.act1 = activation()
-        self.pool1 = pooling(2)
+        self.act1 = ACTIVATIONS[activation]()
+        self.pool1 = POOLINGS[pooling](2)
         self.conv2 = nn.Conv2d(6, 16, kernel_size=5)
-        self.act2 = activation()
-        self.pool2 = pooling(2)
+        self.act2 = ACTIVATIONS[activation]()
+        self.pool2 = POOLINGS[pooling](2)
         self.flatten = nn.Flatten()
         self.fc1 = nn.Linear(16 * 5 * 5, 120)
-        self.act3 = activation()
+        self.act3 = ACTIVATIONS[activation]()
         self.fc2 = nn.Linear(120, 84)
-        self.act4 = activation()
+        self.act4 = ACTIVATIONS[activation]()
         self.fc3 = nn.Linear(84, n_classes)
 
     def forward(self, images: Tensor) -> Tensor:

@@ -3,14 +3,15 @@
 import contextlib
 import logging
 import os
+import re
 import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import joblib
 import ray
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.ahead import Result, Task, in_order
@@ -19,12 +20,23 @@ from pipeline.errors import ClusterError, ConfigError
 # Ray Train reads these from the environment; what the user has set there stays.
 RAY_TRAIN_SETTINGS = {
     "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "120",  # give up a hung worker after 2 minutes, not 10
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # see reports and the end within half a second, not two
+    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",  # hear of a machine that is about to go within a second, not five
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # take in reports, and see the end, after 0.2 seconds, not two
 }
 # A local Ray is not preempted: its watcher would take 2 s of a core to start, before the first step.
 LOCAL_RAY_SETTINGS = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
 
 CONNECT_TIMEOUT_S = 5
+MAX_WORKERS = 10_000
+
+
+def _checked_workers(value: int | str) -> int | str:
+    """A number, or a range with its ends apart. ValueError for anything else."""
+    match = re.fullmatch(r"(\d+)(?:-(\d+))?", str(value))
+    least, most = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+    if not 1 <= least <= most <= MAX_WORKERS:
+        raise ValueError(f"it should be a number from 1 to {MAX_WORKERS} or a range of them; use one like 2 or 2-8")
+    return least if least == most else f"{least}-{most}"
 
 
 class ClusterConfig(BaseModel):
@@ -32,7 +44,11 @@ class ClusterConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    workers: int = Field(2, ge=1, le=10_000, description="Ray Train workers; each takes its part of every batch.")
+    workers: Annotated[int | str, AfterValidator(_checked_workers)] = Field(
+        2,
+        description="Ray Train workers, from 1 to 10000; each takes its part of every batch. A range like 2-8 starts "
+        "with as many as there is room for, and grows and shrinks with the cluster.",
+    )
     cpus_per_worker: float = Field(
         1, gt=0, le=256, description="CPU cores for each worker; below 1, workers share a core."
     )
@@ -42,6 +58,19 @@ class ClusterConfig(BaseModel):
     ray_address: str | None = Field(
         None, description="Ray cluster to train on: auto or host:port. A local Ray is started if not given."
     )
+
+    @property
+    def world_size(self) -> int | tuple[int, int]:
+        """The number of workers, or the least and the most, as Ray Train takes it."""
+        if isinstance(self.workers, int):
+            return self.workers
+        least, _, most = self.workers.partition("-")
+        return int(least), int(most)
+
+    @property
+    def least_workers(self) -> int:
+        """How many have to fit."""
+        return self.world_size if isinstance(self.world_size, int) else self.world_size[0]
 
 
 def placeable(nodes: Iterable[Mapping[str, float]], cpus: float, gpus: float) -> int:
@@ -62,7 +91,8 @@ def local_resources() -> dict[str, float]:
 def decide_gpu(config: ClusterConfig, nodes: list[Mapping[str, float]]) -> bool:
     """Whether each worker gets a GPU. Raises ConfigError when the workers, or their GPUs, do not fit on `nodes`."""
     room = placeable(nodes, config.cpus_per_worker, 0)
-    if room < config.workers:
+    least = config.least_workers
+    if room < least:
         cpus = int(sum(node.get("CPU", 0) for node in nodes))
         raise ConfigError(
             "workers",
@@ -71,12 +101,12 @@ def decide_gpu(config: ClusterConfig, nodes: list[Mapping[str, float]]) -> bool:
             "ask for fewer, or lower cpus_per_worker",
         )
     with_gpu = placeable(nodes, config.cpus_per_worker, 1)
-    if config.gpu == "yes" and with_gpu < config.workers:
+    if config.gpu == "yes" and with_gpu < least:
         count = int(sum(node.get("GPU", 0) for node in nodes))
         raise ConfigError(
-            "gpu", "yes", f"{config.workers} workers need a GPU each and Ray has {count}", "use gpu=no or fewer workers"
+            "gpu", "yes", f"{least} workers need a GPU each and Ray has {count}", "use gpu=no or fewer workers"
         )
-    return config.gpu != "no" and with_gpu >= config.workers
+    return config.gpu != "no" and with_gpu >= least
 
 
 def check_cluster(config: ClusterConfig) -> None:

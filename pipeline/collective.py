@@ -8,8 +8,8 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -22,8 +22,15 @@ NAP_S = 0.0005
 PATIENCE_S = 120
 
 
-# Replaces a rank's float32 tensor by the sum of all ranks', the same bytes everywhere.
-Sum = Callable[[Tensor], object]
+class Sum(Protocol):
+    """Replaces a rank's float32 (size,) by the sum of all ranks', the same bytes everywhere.
+
+    With it goes a word, float32 (), to all ranks; returned is the sum of the words.
+    """
+
+    def __call__(self, tensor: Tensor, word: Tensor) -> Tensor:
+        """Every rank has to call it equally often."""
+        ...
 
 
 def open_sum(size: int, device: torch.device, one_host: bool) -> Sum:
@@ -32,7 +39,20 @@ def open_sum(size: int, device: torch.device, one_host: bool) -> Sum:
     orderly = platform.machine() in {"x86_64", "AMD64"} and SHARED_MEMORY.is_dir()
     if one_host and orderly and device.type == "cpu":
         return SharedSum(size)
-    return dist.all_reduce
+    return BackendSum(size, device)
+
+
+class BackendSum:
+    """By the all-reduce of torch's backend, the word at the end of one message."""
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self.message = torch.empty(size + 1, device=device)
+
+    def __call__(self, tensor: Tensor, word: Tensor) -> Tensor:
+        torch.cat([tensor, word.view(1)], out=self.message)
+        dist.all_reduce(self.message)
+        tensor.copy_(self.message[:-1])
+        return self.message[-1].clone()
 
 
 class SharedSum:
@@ -43,17 +63,18 @@ class SharedSum:
 
     def __init__(self, size: int) -> None:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        header, slots = self.world_size * CACHE_LINE, 2 * self.world_size * size * 4
+        header, slots = self.world_size * CACHE_LINE, 2 * self.world_size * (size + 1) * 4
         memory = self._open(header + slots)
         self.flags = memory[:header].view(torch.int64).view(self.world_size, -1)[:, 0].numpy()
-        self.slots = memory[header:].view(torch.float32).view(2, self.world_size, size)
+        self.slots = memory[header:].view(torch.float32).view(2, self.world_size, size + 1)
         self.turns = 0
 
-    def __call__(self, tensor: Tensor) -> None:
+    def __call__(self, tensor: Tensor, word: Tensor) -> Tensor:
         """Raises RuntimeError when a rank has not come within PATIENCE_S."""
         row = self.slots[self.turns % 2]
         self.turns += 1
-        row[self.rank].copy_(tensor)
+        row[self.rank, :-1].copy_(tensor)
+        row[self.rank, -1] = word
         self.flags[self.rank] = self.turns
         started = time.monotonic()
         while self.flags.min() < self.turns:
@@ -63,7 +84,8 @@ class SharedSum:
                 raise RuntimeError(f"rank {self.rank} waited {waited:.0f} s for gradients of ranks {missing}")
             # Yielding lets another worker of a shared core go on; a sleep costs 0.06 ms to wake up from.
             os.sched_yield() if waited < SPIN_S else time.sleep(NAP_S)
-        torch.sum(row, dim=0, out=tensor)
+        torch.sum(row[:, :-1], dim=0, out=tensor)
+        return row[:, -1].sum()
 
     def _open(self, size: int) -> Tensor:
         """The same zeroed bytes in every rank, uint8 (size,). The file is gone as soon as all have it open."""

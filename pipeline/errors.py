@@ -6,6 +6,8 @@ PipelineError            one line: what, its value, the rule, the remedy
 ├── StorageError         the object store cannot be reached, read or written
 ├── ClusterError         Ray cannot give the workers or devices asked for
 └── TrainingError        training ran and failed
+
+Terminated, which is none of these, says that SIGTERM was heard and obeyed.
 """
 
 
@@ -43,3 +45,7 @@ class ClusterError(PipelineError):
 
 class TrainingError(PipelineError):
     """The training itself failed."""
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM has ended the training, which left a checkpoint to go on from."""

@@ -6,8 +6,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import safetensors
-import safetensors.torch
 import torch
 from pydantic import BaseModel, ConfigDict
 from scipy.stats import binomtest
@@ -15,6 +13,7 @@ from sklearn.metrics import confusion_matrix, log_loss, precision_recall_fscore_
 
 from lenet.model import LeNet
 from lenet.step import predict_step
+from pipeline.checkpoint import decode_model
 from pipeline.errors import DataError
 from pipeline.idx import Pixels
 from pipeline.shards import Manifest, read_rows
@@ -87,7 +86,7 @@ def evaluate(store: Store, run_id: str, manifest: Manifest, training: Training) 
     if done := find_evaluation(store, run_id):
         return done
     started = time.perf_counter()
-    model = load_model(store, training.candidate, training.candidate_sha256, len(manifest.classes))
+    model = load_model(store, training.candidate, training.candidate_sha256)
     images, labels = read_rows(store, manifest, "test")
     verdict = judge(predict(model, images), labels, manifest.classes)
     evaluation = Evaluation(
@@ -108,14 +107,15 @@ def evaluate(store: Store, run_id: str, manifest: Manifest, training: Training) 
     return Evaluation.model_validate_json(receipt)
 
 
-def load_model(store: Store, key: str, expected_sha256: str, n_classes: int) -> LeNet:
-    """A LeNet with the weights of a safetensors object, once its sha256 (hex) is what it should be."""
+def load_model(store: Store, key: str, expected_sha256: str) -> LeNet:
+    """The LeNet in a safetensors object, once its sha256 (hex) is what it should be."""
     data = store.read(key)
     if sha256(data) != expected_sha256:
         raise DataError(f"{store.locate(key)}: its sha256 is not the recorded {expected_sha256[:12]}…; run anew")
-    model = LeNet(n_classes)
-    model.load_state_dict(safetensors.torch.load(data))
-    return model.eval()
+    try:
+        return decode_model(data)
+    except DataError as error:
+        raise DataError(f"{store.locate(key)}: {error}; run anew") from None
 
 
 def predict(model: LeNet, images: Pixels) -> Probabilities:

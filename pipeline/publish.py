@@ -1,6 +1,7 @@
 """Publishing a run: model and report first, then the manifest that makes them a run, then the pointer to the latest.
 
-    runs/<run id>/model.safetensors, report.json, report.html    conditional create, each read back and compared
+    runs/<run id>/model.safetensors, report.json, report.html, events.out.tfevents.lenet
+                                                                 conditional create, each read back and compared
     runs/<run id>/manifest.json                                  conditional create: from here on the run is published
     runs/latest.json                                             conditional replace: never goes back in time
 
@@ -18,7 +19,7 @@ from pydantic import BaseModel, ConfigDict
 from lenet.model import layer_table
 from pipeline.errors import DataError, StorageError
 from pipeline.evaluate import Evaluation, load_model
-from pipeline.report import DatasetFacts, LayerFacts, Report, render_html
+from pipeline.report import DatasetFacts, LayerFacts, Report, render_events, render_html
 from pipeline.shards import Manifest, read_rows
 from pipeline.storage import Store, sha256
 from pipeline.train import Training
@@ -27,6 +28,7 @@ log = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 MODEL = "model.safetensors"
+EVENTS = "events.out.tfevents.lenet"  # TensorBoard looks for tfevents
 LATEST = "runs/latest.json"
 LATEST_ATTEMPTS = 50
 
@@ -158,7 +160,7 @@ def _render(
     evaluation: Evaluation,
 ) -> dict[str, bytes]:
     """The bytes of every artifact, by name."""
-    model = load_model(store, training.candidate, training.candidate_sha256, len(manifest.classes))
+    model = load_model(store, training.candidate, training.candidate_sha256)
     report = Report(
         format_version=FORMAT_VERSION,
         run_id=run_id,
@@ -182,6 +184,7 @@ def _render(
     images, _ = read_rows(store, manifest, "test")
     return {
         MODEL: store.read(training.candidate),
+        EVENTS: render_events(training.history),
         "report.json": report.model_dump_json(indent=2).encode(),
         "report.html": render_html(report, [images[mistake.row] for mistake in evaluation.mistakes]).encode(),
     }

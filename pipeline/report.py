@@ -3,20 +3,25 @@
 import base64
 import io
 import re
+import tempfile
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import jinja2
 from markupsafe import Markup
 from PIL import Image
 from pydantic import BaseModel, ConfigDict
+from tensorboardX import SummaryWriter
 
 from pipeline.checkpoint import History
 from pipeline.evaluate import Evaluation, Mistake
 from pipeline.idx import Pixels
 from pipeline.train import Training
 
+# Of EpochMetrics.
+CURVES = ("train_loss", "train_accuracy", "held_out_loss", "held_out_accuracy", "images_per_second")
 # Mid-tones that read on white and on near-black alike.
 BLUE, ORANGE, GREEN = "#4a86d8", "#d9792b", "#3f9c6b"
 
@@ -103,6 +108,17 @@ def render_html(report: Report, mistakes: list[Pixels]) -> str:
         homepage=report.dataset.homepage if report.dataset.homepage.startswith("https://") else None,
         parameters_total=sum(layer.parameters for layer in report.layers),
     )
+
+
+def render_events(history: History) -> bytes:
+    """The curves as a TensorBoard event file, epochs as steps."""
+    with tempfile.TemporaryDirectory() as folder:
+        with SummaryWriter(folder) as writer:
+            for epoch in history:
+                for name in CURVES:
+                    writer.add_scalar(name, getattr(epoch, name), epoch.epoch)
+        [file] = Path(folder).iterdir()
+        return file.read_bytes()
 
 
 def render_summary(run_id: str, training: Training, evaluation: Evaluation) -> str:

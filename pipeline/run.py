@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -25,14 +25,18 @@ from pipeline.errors import ConfigError
 from pipeline.evaluate import Evaluation
 from pipeline.loader import LoadConfig
 from pipeline.publish import Published
+from pipeline.recipe import TrainConfig, TuneConfig, encode_recipe
 from pipeline.sharding import ShardConfig, dataset_folder, run_in_threads, write_shards
 from pipeline.shards import Manifest, find_manifest, require_manifest, verify_shards
 from pipeline.source import open_source
 from pipeline.storage import StorageConfig, Store, open_store, sha256
-from pipeline.train import OnEpoch, TrainConfig, Training, staging
+from pipeline.train import OnEpoch, Training, staging
+
+if TYPE_CHECKING:
+    from pipeline.tune import Tuned
 
 # A run that goes on may do so on other workers, from another source; whatever decides its result has to stay.
-MAY_CHANGE = {"storage", "source", "checkpoint_steps", *ClusterConfig.model_fields}
+MAY_CHANGE = {"storage", "source", "checkpoint_steps", "checkpoint_seconds", *ClusterConfig.model_fields}
 RAY_FROM_BYTES = 2**30
 RECORDED_PACKAGES = ("lenet-pipeline", "torch", "torchvision", "ray", "pyarrow", "prefect", "s3fs", "numpy")
 
@@ -48,6 +52,15 @@ class RunConfig(ClusterConfig, TrainConfig, LoadConfig, DataConfig):
         None,
         description="Name of the run. Give an earlier one to go on where it stopped; made up if not given.",
         pattern=r"^[a-z0-9][a-z0-9._-]{0,127}$",
+    )
+
+
+class TuneRunConfig(TuneConfig, ClusterConfig, TrainConfig, DataConfig):
+    """All parameters of a search."""
+
+    workers: int = Field(2, ge=1, le=10_000, description="Trials at a time; each has a process of its own.")
+    validation_fraction: float = Field(
+        0.1, gt=0, le=0.5, description="Part of each class's training images to judge the trials by."
     )
 
 
@@ -79,7 +92,8 @@ def config_of(parameters: Mapping[str, Any], kind: type[Config] = RunConfig) -> 
 
 def allowed(name: str) -> str:
     """What a parameter accepts, in words read from its schema; empty when any text will do."""
-    schema = RunConfig.model_json_schema()["properties"].get(name)
+    properties = TuneRunConfig.model_json_schema()["properties"] | RunConfig.model_json_schema()["properties"]
+    schema = properties.get(name)
     if schema is None:
         return f"one of {', '.join(RunConfig.model_fields)}"
     for option in [schema, *schema.get("anyOf", [])]:
@@ -187,6 +201,20 @@ def publish(config: RunConfig, manifest: Manifest, training: Training, evaluatio
     return pipeline.publish.publish(
         store, _run_id(config), record.parameters, record.versions, manifest, training, evaluation
     )
+
+
+def tune(config: TuneRunConfig) -> "Tuned":
+    """Search a recipe's hyperparameters on a dataset, brought here if need be; the best is left in a recipe file."""
+    import pipeline.tune  # with it comes all of Ray Tune: 2 s that no other command needs
+
+    output = Path(config.output).absolute()
+    if not output.parent.is_dir():
+        raise ConfigError("output", config.output, "its folder is not there", "name a file in one that is")
+    check_cluster(config)
+    manifest = prepare(config)
+    tuned = pipeline.tune.tune(open_store(config.storage), manifest, config.resolved(), config.seed, config, config)
+    output.write_bytes(encode_recipe(tuned.recipe))
+    return tuned
 
 
 def outcome(step: str, config: RunConfig) -> str | None:

@@ -2,33 +2,32 @@
 
 import contextlib
 import contextvars
+import json
 import logging
 import signal
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import ray.exceptions
 import ray.train
-import safetensors.torch
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.util.metrics import Gauge
 from torch import Tensor
 
-from lenet.augment import Augment
-from lenet.model import fold_standardise
-from lenet.recipe import RECIPES, Recipe
-from pipeline.checkpoint import FILE_NAME, EpochMetrics, History, Position, read_state
+from lenet.model import LeNet, fold_standardise
+from pipeline.checkpoint import FILE_NAME, EpochMetrics, History, Position, encode_model, read_state
 from pipeline.cluster import ClusterConfig, ray_session
-from pipeline.errors import StorageError, TrainingError
+from pipeline.errors import StorageError, Terminated, TrainingError
 from pipeline.loader import LoadConfig, choose_loading
+from pipeline.recipe import TrainConfig
 from pipeline.shards import Manifest
 from pipeline.storage import Store, sha256
 from pipeline.worker import Job, train_worker
@@ -38,54 +37,24 @@ log = logging.getLogger(__name__)
 # How often a lost worker, or a step that raised, sends all workers back to the last checkpoint.
 MAX_FAILURES = 3
 CHECKPOINTS_KEPT = 2
+RESIZE_S = 10  # how often to look whether the cluster has room for more workers, if more are wanted
+RAY_FOLDER = "ray"
+PROGRESS = "progress"  # folder with the metrics of each epoch
+ENDED = "ended.json"  # what training said when it ended before its last epoch
+MIB = 2**20
+# Of EpochMetrics, as lenet_<name>.
+GAUGES = (
+    "epoch",
+    "train_loss",
+    "train_accuracy",
+    "held_out_loss",
+    "held_out_accuracy",
+    "images_per_second",
+    "world_size",
+)
 PROGRESS_POLL_S = 0.5
 
 OnEpoch = Callable[[EpochMetrics], None]
-
-
-def _known_recipe(name: str) -> str:
-    if name not in RECIPES:
-        raise ValueError(f"no such recipe; use one of {', '.join(RECIPES)}")
-    return name
-
-
-class TrainConfig(BaseModel):
-    """What the weights become. A value that is not given is the recipe's own."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    recipe: Annotated[str, AfterValidator(_known_recipe)] = Field(
-        "seed", description="Named set of hyperparameters.", json_schema_extra={"enum": list(RECIPES)}
-    )
-    epochs: int | None = Field(None, ge=1, le=10_000, description="Passes over the training set.")
-    global_batch_size: int | None = Field(
-        None, ge=1, le=1_000_000, description="Images in each optimizer step, over all workers together."
-    )
-    lr: float | None = Field(None, gt=0, le=100, description="Learning rate.")
-    seed: int = Field(
-        0, ge=0, lt=2**63, description="Decides the initial weights, the order of the images and their augmentation."
-    )
-    standardise: bool | None = Field(
-        None, description="Shift and scale pixels to mean 0 and standard deviation 1 over the training images."
-    )
-    flip: float | None = Field(None, ge=0, le=1, description="Probability to mirror a training image left to right.")
-    shift: int | None = Field(None, ge=0, le=16, description="Pixels by which to shift training images at most.")
-    rotate: float | None = Field(None, ge=0, le=180, description="Degrees to turn training images by at most.")
-    scale: float | None = Field(
-        None, ge=0, lt=1, description="Part by which to grow or shrink training images at most."
-    )
-    erase: int | None = Field(None, ge=0, le=28, description="Side in pixels of a square to black out in each.")
-    checkpoint_steps: int | None = Field(
-        None, ge=1, description="Keep a checkpoint after every so many steps too, not only after every epoch."
-    )
-
-    def resolved(self) -> Recipe:
-        """The recipe with the values given here in place of its own."""
-        recipe = RECIPES[self.recipe]
-        given = {name: value for name, value in self if value is not None}
-        own = {name: given[name] for name in ("epochs", "global_batch_size", "lr", "standardise") if name in given}
-        changes = {field.name: given[field.name] for field in fields(Augment) if field.name in given}
-        return replace(recipe, **own, augment=replace(recipe.augment, **changes))
 
 
 class Training(BaseModel):
@@ -126,27 +95,36 @@ def fit(
     """Train to the last epoch, from the run's last checkpoint if it has one, and store the candidate's weights.
 
     `on_epoch` is called in this process soon after each epoch, for restored epochs too. Raises ConfigError or
-    ClusterError when the workers cannot be had, StorageError or TrainingError when training fails for good.
+    ClusterError when the workers cannot be had, StorageError or TrainingError when training fails for good, Terminated
+    when SIGTERM has ended it, with a checkpoint, on a local Ray.
     """
     if done := find_training(store, run_id):
         return done
     started = time.perf_counter()
-    loading = choose_loading(manifest, load)
-    job = Job(store.url, manifest, config.resolved(), config.seed, loading, config.checkpoint_steps)
-    log.info(
-        "starting %d Ray workers for %d epochs; training images (%.0f MiB) are %s",
-        cluster.workers,
-        job.recipe.epochs,
-        manifest.pixel_bytes("train") / 2**20,
-        "resident in each" if loading == "resident" else "streamed",
-    )
-    with ray_session(cluster) as gpu, _progress(store, run_id, on_epoch):
-        weights, position = _run_workers(store, run_id, job, cluster, gpu)
-    if position.epoch <= job.recipe.epochs:
-        raise TrainingError(
-            f"the loss became infinite or undefined in epoch {position.epoch} with lr={job.recipe.lr:g}; lower lr"
+    with ray_session(cluster) as gpu, _stop_file(cluster) as stop_file:
+        job = Job(
+            store_url=store.url,
+            checkpoints=f"{staging(run_id)}/{RAY_FOLDER}",
+            manifest=manifest,
+            recipe=config.resolved(),
+            seed=config.seed,
+            loading=choose_loading(manifest, load),
+            checkpoint_steps=config.checkpoint_steps,
+            checkpoint_seconds=config.checkpoint_seconds,
+            stop_file=stop_file,
         )
-    candidate = safetensors.torch.save(_plain(job, weights))
+        log.info(
+            "starting %s Ray workers for %d epochs; training images (%.0f MiB) are %s",
+            cluster.workers,
+            job.recipe.epochs,
+            manifest.pixel_bytes("train") / MIB,
+            "resident in each" if job.loading == "resident" else "streamed",
+        )
+        with _progress(store, run_id, on_epoch):
+            weights, position = _run_workers(store, run_id, job, cluster, gpu)
+        if position.epoch <= job.recipe.epochs:
+            raise _unfinished(store, run_id, job, position)
+    candidate = encode_model(_plain(job, weights))
     digest = sha256(candidate)
     # Named by content: two attempts, perhaps on other workers, that end at the same time do not overwrite each other.
     key = f"{staging(run_id)}/candidate-{digest[:16]}.safetensors"
@@ -156,7 +134,7 @@ def fit(
         candidate=key,
         candidate_sha256=digest,
         parameters=sum(tensor.numel() for tensor in weights.values()),
-        world_size=cluster.workers,
+        world_size=position.history[-1].world_size,
         device="gpu" if gpu else "cpu",
         wall_seconds=time.perf_counter() - started,
         finished=datetime.now(UTC),
@@ -174,13 +152,14 @@ def _run_workers(
         train_loop_config={"job": job},
         local=cluster.ray_address is None,
         scaling_config=ray.train.ScalingConfig(
-            num_workers=cluster.workers,
+            num_workers=cluster.world_size,  # type: ignore[arg-type]  # annotated as of the version before
+            elastic_resize_monitor_interval_s=RESIZE_S,  # type: ignore[call-arg]
             use_gpu=gpu,
             resources_per_worker={"CPU": cluster.cpus_per_worker, **({"GPU": 1} if gpu else {})},
         ),
         run_config=ray.train.RunConfig(
             # The same name and path again make Ray Train go on from the last checkpoint it finds there.
-            name="ray",
+            name=RAY_FOLDER,
             storage_path=store.path(staging(run_id)),
             storage_filesystem=store.arrow,
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=CHECKPOINTS_KEPT),
@@ -202,18 +181,50 @@ def _run_workers(
             signal.signal(signal.SIGINT, interrupt)
     if checkpoint is None:
         return {}, Position()
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / FILE_NAME
-        file.write_bytes(store.read(f"{checkpoint.path.removeprefix(store.root + '/')}/{FILE_NAME}"))
-        return read_state(file)
+    return read_state(store.read(f"{job.checkpoints}/{Path(checkpoint.path).name}/{FILE_NAME}"))
 
 
-def _plain(job: Job, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of a LeNet that takes pixels as they are, whatever was done to them in training."""
+@contextlib.contextmanager
+def _stop_file(cluster: ClusterConfig) -> Iterator[Path | None]:
+    """A file that appears at SIGTERM, while the block runs, for the workers of a local Ray to see and stop.
+
+    On a cluster the workers are elsewhere: there, it is Ray that tells them when their machine is about to go.
+    """
+    if cluster.ray_address is not None or threading.current_thread() is not threading.main_thread():
+        yield None
+        return
+    with tempfile.TemporaryDirectory(prefix="lenet-") as folder:
+        file = Path(folder) / "stop"
+        before = signal.signal(signal.SIGTERM, lambda *_: file.touch())
+        try:
+            yield file
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _unfinished(store: Store, run_id: str, job: Job, position: Position) -> BaseException:
+    """Why training has ended before its last epoch: what its last report says."""
+    key = f"{staging(run_id)}/{ENDED}"
+    ended = json.loads(store.read(key)) if store.exists(key) else {}
+    if "diverged" not in ended:
+        return Terminated()
+    what = ended["diverged"]
+    kept = (
+        f"after step {position.step} of epoch {position.epoch}" if position.step else f"of epoch {position.epoch - 1}"
+    )
+    return TrainingError(
+        f"the loss became infinite or undefined at step {what['step']} of epoch {what['epoch']} on rank "
+        f"{', '.join(map(str, what['ranks']))} with lr={job.recipe.lr:g}; the last good checkpoint is "
+        f"{kept if position.history or position.step else 'none'}; lower lr"
+    )
+
+
+def _plain(job: Job, weights: dict[str, Tensor]) -> LeNet:
+    """A LeNet that takes pixels as they are, whatever was done to them in training."""
     report = job.manifest.report
     model = job.recipe.build_model(len(job.manifest.classes), job.seed, report.pixel_mean, report.pixel_std)
     model.load_state_dict(weights)
-    return {name: value.contiguous() for name, value in fold_standardise(model).state_dict().items()}
+    return fold_standardise(model)
 
 
 class _LeanTrainer(TorchTrainer):
@@ -234,21 +245,25 @@ class _LeanTrainer(TorchTrainer):
 
 
 class _WriteProgress(ray.train.UserCallback):
-    """Runs in Ray Train's controller: leaves each epoch's metrics in the store, where any process can follow them."""
+    """Runs in Ray Train's controller: leaves each epoch's metrics in the store, where any process can follow them, and
+    among Ray's own, for its dashboard and Prometheus."""
 
     def __init__(self, store: Store, run_id: str) -> None:
         self.store = store
         self.run_id = run_id
+        self.gauges: dict[str, Gauge] = {}
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
-        if checkpoint is None or "step" in metrics[0]:
-            return  # an epoch that went wrong and will be named as an error, or one that is not over
+        if checkpoint is None:
+            self.store.put(f"{staging(self.run_id)}/{ENDED}", json.dumps(metrics[0]).encode())
+            return
+        if "step" in metrics[0]:
+            return  # the epoch is not over
         epoch = EpochMetrics.model_validate(metrics[0])
-        self.store.put(f"{_progress_folder(self.run_id)}/{epoch.epoch:05d}.json", epoch.model_dump_json().encode())
-
-
-def _progress_folder(run_id: str) -> str:
-    return f"{staging(run_id)}/progress"
+        self.store.put(f"{staging(self.run_id)}/{PROGRESS}/{epoch.epoch:05d}.json", epoch.model_dump_json().encode())
+        for name in GAUGES:
+            gauge = self.gauges.setdefault(name, Gauge(f"lenet_{name}", tag_keys=("run_id",)))
+            gauge.set(getattr(epoch, name), tags={"run_id": self.run_id})
 
 
 @contextlib.contextmanager
@@ -258,7 +273,7 @@ def _progress(store: Store, run_id: str, on_epoch: OnEpoch) -> Iterator[None]:
     seen: set[str] = set()
 
     def catch_up() -> None:
-        for key in store.keys(_progress_folder(run_id)):
+        for key in store.keys(f"{staging(run_id)}/{PROGRESS}"):
             if key not in seen and key.endswith(".json"):
                 seen.add(key)
                 epoch = EpochMetrics.model_validate_json(store.read(key))

@@ -1,9 +1,9 @@
 """What every Ray Train worker runs: its part of each global batch, an epoch at a time."""
 
 import ctypes
+import logging
 import math
 import sys
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,34 +13,55 @@ import ray.train
 import ray.train.torch
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from ray.train import CheckpointUploadMode
+from ray.train.v2._internal.execution.context import get_train_context
+from torch import Tensor
 
 from lenet.augment import augment
 from lenet.fused import open_gradient
+from lenet.model import LeNet
+from lenet.optimize import Optimization
 from lenet.recipe import Recipe
 from lenet.step import Gradient, evaluate_step, flatten, metrics_of, no_counts
-from pipeline.checkpoint import EpochMetrics, Position, load_state, save_state
+from pipeline.checkpoint import FILE_NAME, EpochMetrics, Position, encode_state, load_state
 from pipeline.collective import Sum, open_sum
+from pipeline.errors import DataError
 from pipeline.loader import Loader, Loading, Place, open_loader
 from pipeline.order import share
 from pipeline.shards import Manifest, read_rows
 from pipeline.storage import open_store
 
+log = logging.getLogger(__name__)
+
 EVALUATION_BATCH = 1000
+REPORTS_UNDER_WAY = 2
 MIB = 2**20
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # of malloc.h
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -2, -3, -8  # of malloc.h
+
+
+# What a rank may say to all others with each sum of gradients; NaN says that its loss is not finite. Many may speak.
+SAVE, STOP = 1.0, 100_000.0
+# On a GPU, hearing is waiting for all that was asked of it before.
+GPU_STEPS_BETWEEN_LISTENING = 50
 
 
 @dataclass(frozen=True)
 class Job:
-    """All a worker needs to know; the same for every rank."""
+    """All a worker needs to know; the same for every rank.
+
+    `checkpoints` is the folder in the store that Ray Train keeps them in. When `stop_file` appears, if it is given,
+    training ends with a checkpoint.
+    """
 
     store_url: str
+    checkpoints: str
     manifest: Manifest
     recipe: Recipe
     seed: int
     loading: Loading
     checkpoint_steps: int | None
+    checkpoint_seconds: float
+    stop_file: Path | None
 
 
 @dataclass(frozen=True)
@@ -57,11 +78,44 @@ class Session:
 
     job: Job
     place: Place
-    model: nn.Module
+    model: LeNet
     gradient: Gradient
     sum_up: Sum
-    optimizer: torch.optim.Optimizer
+    optimization: Optimization
     loader: Loader
+    watch: "Watch"
+
+
+class Watch:
+    """What this rank wants to be done after the next step, and what has become of the loss."""
+
+    def __init__(self, job: Job, place: Place) -> None:
+        self.job, self.place = job, place
+        self.listens_every = GPU_STEPS_BETWEEN_LISTENING if place.device.type == "cuda" else 1
+        self.saved()
+
+    def saved(self) -> None:
+        """There is a checkpoint of this moment."""
+        self.saved_at, self.warned = time.monotonic(), _preemption()
+
+    def word(self, loss: Tensor) -> Tensor:
+        """What to say to the other ranks with the gradients of a slice whose sum of losses, float64 (), this is."""
+        wish = 0.0
+        if self.place.rank == 0 and time.monotonic() - self.saved_at > self.job.checkpoint_seconds:
+            wish += SAVE
+        if _preemption() != self.warned:
+            wish += SAVE
+        if self.place.rank == 0 and self.job.stop_file and self.job.stop_file.exists():
+            wish += STOP
+        return (loss * 0 + wish).float()
+
+
+class Ended(Exception):  # noqa: N818  # not an error
+    """Training ends here, on all ranks: what to report, without a checkpoint."""
+
+    def __init__(self, report: dict[str, Any]) -> None:
+        super().__init__(str(report))
+        self.report = report
 
 
 def train_worker(config: dict[str, Any]) -> None:
@@ -69,25 +123,26 @@ def train_worker(config: dict[str, Any]) -> None:
     job: Job = config["job"]
     session, position = _begin(job)
     held_out = load_share(session.place, job.manifest.held_out)
-    while position.epoch <= job.recipe.epochs:
-        train = metrics_of(_train_epoch(session, position))
-        test = metrics_of(summed(evaluate_split(session.model, held_out)))
-        metrics = EpochMetrics(
-            epoch=position.epoch,
-            held_out=job.manifest.held_out,
-            train_loss=train.loss,
-            train_accuracy=train.accuracy,
-            held_out_loss=test.loss,
-            held_out_accuracy=test.accuracy,
-            seconds=position.seconds,
-            images_per_second=train.images / position.seconds,
-        )
-        if not math.isfinite(train.loss):
-            # Every rank sees the same sum and stops here. No checkpoint: the last good one stays the last.
-            ray.train.report(metrics.model_dump())
-            return
-        position = Position(epoch=position.epoch + 1, history=[*position.history, metrics])
-        _report(session, position, metrics.model_dump())
+    try:
+        while position.epoch <= job.recipe.epochs:
+            train = metrics_of(_train_epoch(session, position))
+            with session.optimization.averaged():
+                test = metrics_of(summed(evaluate_split(session.model, held_out)))
+            metrics = EpochMetrics(
+                epoch=position.epoch,
+                held_out=job.manifest.held_out,
+                train_loss=train.loss,
+                train_accuracy=train.accuracy,
+                held_out_loss=test.loss,
+                held_out_accuracy=test.accuracy,
+                seconds=position.seconds,
+                images_per_second=train.images / position.seconds,
+                world_size=session.place.world_size,
+            )
+            position = Position(epoch=position.epoch + 1, history=[*position.history, metrics])
+            _save(session, position, metrics.model_dump())
+    except Ended as end:
+        ray.train.report(end.report)
 
 
 def _begin(job: Job) -> tuple[Session, Position]:
@@ -95,11 +150,6 @@ def _begin(job: Job) -> tuple[Session, Position]:
     keep_memory()
     context = ray.train.get_context()
     manifest, recipe, device = job.manifest, job.recipe, ray.train.torch.get_device()
-    model = recipe.build_model(len(manifest.classes), job.seed, manifest.report.pixel_mean, manifest.report.pixel_std)
-    model = model.to(device).to(memory_format=torch.channels_last)  # 1.7 times as fast as NCHW on CPUs
-    flat = flatten(model)
-    optimizer = recipe.build_optimizer([flat], recipe.lr)
-    position = _restore(model, optimizer)
     one_host = context.get_local_world_size() == context.get_world_size()
     place = Place(
         store=open_store(job.store_url),
@@ -111,41 +161,72 @@ def _begin(job: Job) -> tuple[Session, Position]:
         world_size=context.get_world_size(),
         device=device,
     )
+    model, gradient, optimization = open_learner(recipe, manifest, job.seed, device, place.steps)
     session = Session(
         job,
         place,
         model,
-        open_gradient(model, flat),
-        open_sum(flat.numel(), device, one_host),
-        optimizer,
+        gradient,
+        open_sum(gradient.total.numel(), device, one_host),
+        optimization,
         open_loader(job.loading, place),
+        Watch(job, place),
     )
-    return session, position
+    return session, _restore(session)
+
+
+def open_learner(
+    recipe: Recipe, manifest: Manifest, seed: int, device: torch.device, steps_per_epoch: int
+) -> tuple[LeNet, Gradient, Optimization]:
+    """A new model on the device, what computes its gradient, and what updates it."""
+    model = recipe.build_model(len(manifest.classes), seed, manifest.report.pixel_mean, manifest.report.pixel_std)
+    model = model.to(device).to(memory_format=torch.channels_last)  # 1.7 times as fast as NCHW on CPUs
+    flat = flatten(model)
+    optimization = Optimization(recipe, model, flat, recipe.epochs * steps_per_epoch)
+    return model, open_gradient(model, flat, recipe.label_smoothing), optimization
 
 
 def _train_epoch(session: Session, position: Position) -> Tensor:
-    """Train from `position`, which is kept up to date, to the end of its epoch; the epoch's counts over all ranks."""
-    job, place = session.job, session.place
+    """Train from `position`, which is kept up to date, to the end of its epoch; the epoch's counts over all ranks.
+
+    Raises Ended when the loss has become infinite or undefined, before the update, or when training is to stop.
+    """
+    job, place, watch = session.job, session.place, session.watch
     session.model.train()
     # What was counted before the checkpoint counts once, however many ranks there are now.
     counts = torch.tensor(position.counts, dtype=torch.float64, device=place.device) * (place.rank == 0)
+    heard = torch.zeros((), device=place.device)
     started = time.perf_counter() - position.seconds
+    before = (position.epoch - 1) * place.steps
     for step, batch in enumerate(session.loader.batches(position.epoch, position.step), start=position.step + 1):
         images = augment(batch.images, batch.rows, job.recipe.augment, job.seed, position.epoch)
         counts += session.gradient(images, batch.labels, global_batch=batch.size)
-        session.sum_up(session.gradient.total)
-        session.optimizer.step()
-        if job.checkpoint_steps and step % job.checkpoint_steps == 0 and step < place.steps:
+        heard += session.sum_up(session.gradient.total, watch.word(counts[0]))
+        wish = 0.0
+        if step % watch.listens_every == 0 or step == place.steps:
+            wish = heard.item()
+            heard.zero_()
+        if math.isnan(wish):
+            raise Ended({"diverged": {"epoch": position.epoch, "step": step, "ranks": _blame(place, counts[0])}})
+        session.optimization.step(before + step - 1)
+        due = job.checkpoint_steps is not None and step % job.checkpoint_steps == 0
+        if (wish or due) and step < place.steps:
             position.step, position.seconds = step, time.perf_counter() - started
-            so_far = summed(counts.clone())
-            loss, correct, images = so_far.tolist()
-            if not math.isfinite(loss):
-                return so_far  # on every rank: no checkpoint of weights that are lost, and no more steps with them
-            position.counts = (loss, correct, images)
-            _report(session, position, {"epoch": position.epoch, "step": step})
+            loss, correct, seen = summed(counts.clone()).tolist()
+            position.counts = (loss, correct, seen)
+            _save(session, position, {"epoch": position.epoch, "step": step})
+            if wish >= STOP:
+                raise Ended({"stopped": True})
     total = summed(counts)
     position.seconds = time.perf_counter() - started
     return total
+
+
+def _blame(place: Place, loss: Tensor) -> list[int]:
+    """The ranks whose own loss is not finite."""
+    flags = torch.zeros(place.world_size, device=place.device)
+    flags[place.rank] = float(not loss.isfinite())
+    return [int(rank) for rank in summed(flags).nonzero()]
 
 
 def keep_memory() -> None:
@@ -154,8 +235,10 @@ def keep_memory() -> None:
     Otherwise a step's tensors, some megabytes each, are given back and asked for again: 900 to 1,900 page faults and
     2 to 5 ms in each step of 10 ms, in one process and not in the next, as the heap happens to lie.
     """
+    # Each thread that comes would be given memory of its own, and keep it: 2 GB after 600 checkpoints.
+    settings = {M_MMAP_THRESHOLD: 32 * MIB, M_TRIM_THRESHOLD: 1024 * MIB, M_TOP_PAD: 64 * MIB, M_ARENA_MAX: 1}
     if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "mallopt"):
-        for option, value in {M_MMAP_THRESHOLD: 32 * MIB, M_TRIM_THRESHOLD: 1024 * MIB, M_TOP_PAD: 64 * MIB}.items():
+        for option, value in settings.items():
             library.mallopt(option, value)
 
 
@@ -166,7 +249,7 @@ def load_share(place: Place, split: str) -> Split:
     return Split(torch.from_numpy(images).to(place.device), torch.from_numpy(labels).to(place.device))
 
 
-def evaluate_split(model: nn.Module, split: Split) -> Tensor:
+def evaluate_split(model: LeNet, split: Split) -> Tensor:
     """Counts of `model` over all rows of `split`."""
     model.eval()
     counts = no_counts(split.images.device)
@@ -183,19 +266,55 @@ def summed(counts: Tensor) -> Tensor:
     return counts
 
 
-def _restore(model: nn.Module, optimizer: torch.optim.Optimizer) -> Position:
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is None:
+def _restore(session: Session) -> Position:
+    """Take up the newest whole checkpoint that Ray Train has kept; from the start if there is none."""
+    newest = ray.train.get_checkpoint()
+    if newest is None:
         return Position()
-    with checkpoint.as_directory() as folder:
-        return load_state(Path(folder), model, optimizer)
+    job, store = session.job, session.place.store
+    first = f"{job.checkpoints}/{Path(newest.path).name}/{FILE_NAME}"
+    others = [key for key in store.keys(job.checkpoints) if key.endswith(FILE_NAME) and key < first]
+    for key in [first, *reversed(others)]:
+        try:
+            return load_state(store.read(key), session.model, session.optimization)
+        except DataError as error:
+            log.warning("%s: %s; going back to the one before", store.locate(key), error)
+    raise DataError(f"{store.locate(first)}: no whole checkpoint is left; start the run anew with another run_id")
 
 
-def _report(session: Session, position: Position, metrics: dict[str, Any]) -> None:
-    """Hand metrics to Ray with, from rank 0, a checkpoint. Every rank has to call it: a barrier."""
+def _save(session: Session, position: Position, metrics: dict[str, Any]) -> None:
+    """Hand metrics to Ray with, from rank 0, a checkpoint that is stored while training goes on. Every rank has to
+    call it: a barrier."""
+    session.watch.saved()
+    # Ray Train takes in a report every RAY_TRAIN_HEALTH_CHECK_INTERVAL_S, and would let any number wait in memory.
+    context = get_train_context()
+    with context.report_order_condition:
+        context.report_order_condition.wait_for(
+            lambda: context.report_call_index - context.current_report_index < REPORTS_UNDER_WAY
+        )
     if session.place.rank != 0:
-        ray.train.report(metrics)
+        ray.train.report(metrics, checkpoint_upload_mode=CheckpointUploadMode.ASYNC)
         return
-    with tempfile.TemporaryDirectory() as folder:
-        save_state(Path(folder), session.model, session.optimizer, position)
-        ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
+    data = encode_state(session.model, session.optimization, position)
+    folder, store = session.job.checkpoints, session.place.store
+
+    def upload(checkpoint: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
+        store.put(f"{folder}/{name}/{FILE_NAME}", data)
+        return ray.train.Checkpoint(store.path(f"{folder}/{name}"), checkpoint.filesystem)
+
+    here = ray.train.Checkpoint(store.path(folder), ray.train.get_context().get_storage().storage_filesystem)
+    ray.train.report(
+        metrics,
+        checkpoint=here,
+        checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
+        checkpoint_upload_fn=upload,
+        delete_local_checkpoint_after_upload=False,
+    )
+
+
+def _preemption() -> object:
+    """What Ray has said about machines of this training that are soon taken away; None while it has said nothing.
+
+    `ray.train.get_preemption_info` says the same to all ranks at once, for which it takes milliseconds.
+    """
+    return get_train_context().preemption_context.preemption_info

@@ -24,11 +24,12 @@ from lenet.augment import Augment, augment
 from pipeline.cluster import ClusterConfig, run_on_ray
 from pipeline.download import SourceConfig, fetch
 from pipeline.loader import LoadConfig
+from pipeline.recipe import TrainConfig
 from pipeline.sharding import ShardConfig, write_shards
 from pipeline.shards import Manifest
 from pipeline.source import Source, open_source
 from pipeline.storage import Store, open_store
-from pipeline.train import TrainConfig, fit
+from pipeline.train import fit
 
 ROOT = Path(__file__).parents[2]
 DEFORM = Augment(shift=2, rotate=10, scale=0.1)

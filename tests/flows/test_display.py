@@ -23,7 +23,8 @@ def shown(console: Console) -> str:
         logging.getLogger("pipeline.shards").warning("16 shards %s", "verified")
         for number in (1, 2):
             epoch = EpochMetrics(epoch=number, train_loss=2 / number, train_accuracy=0.4, held_out_loss=1.0,
-                                 held_out_accuracy=0.35, seconds=2.0, images_per_second=30_000.0)  # fmt: skip
+                                 held_out_accuracy=0.35, seconds=2.0, images_per_second=30_000.0,
+                                 world_size=2)  # fmt: skip
             log.info("epoch %d of 3: %s", number, epoch, extra={"epoch": epoch, "epochs": 3})
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()

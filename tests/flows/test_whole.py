@@ -115,7 +115,7 @@ def test_a_deployment_runs_on_a_real_server_worker_ray_and_s3(
     schema = deployment["parameter_openapi_schema"]["properties"]
     assert list(schema) == list(RunConfig.model_fields)
     assert "Passes over the training set." in schema["epochs"]["description"]
-    assert (schema["workers"]["minimum"], schema["workers"]["default"]) == (1, 2)
+    assert (schema["lr"]["anyOf"][0]["maximum"], schema["workers"]["default"]) == (100, 2)
     assert [(s["schedule"]["cron"], s["active"]) for s in deployment["schedules"]] == [("0 3 * * *", False)]
 
     url = f"s3://{s3_server.bucket}/{uuid.uuid4().hex}"

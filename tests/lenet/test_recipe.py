@@ -1,13 +1,14 @@
 """Proves that a recipe's weights follow Xavier's rule and are a function of the seed alone."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
-from lenet.model import LeNet
-from lenet.recipe import RECIPES
+from lenet.model import LeNet, fold_standardise
+from lenet.recipe import RECIPES, Recipe
 
 SEED_RECIPE = RECIPES["seed"]
 
@@ -57,10 +58,34 @@ def test_building_leaves_the_random_state_alone() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_the_optimizer_takes_the_steps_of_plain_gradient_descent() -> None:
-    parameter = nn.Parameter(torch.tensor([1.0, -2.0]))
-    optimizer = SEED_RECIPE.build_optimizer([parameter], lr=0.5)
-    for _ in range(2):  # with momentum the second step would be longer
-        parameter.grad = torch.tensor([1.0, 1.0])
-        optimizer.step()
-    torch.testing.assert_close(parameter.data, torch.tensor([0.0, -3.0]))
+def test_kaimings_weights_have_his_variance_and_no_bias() -> None:
+    for layer in weighted_layers(RECIPES["modern"].build_model(10, seed=0)):
+        variance = 2 / layer.weight[0].numel()
+        error = math.sqrt(2 / layer.weight.numel())  # of the variance of so many normal numbers
+        assert layer.weight.var().item() == pytest.approx(variance, rel=5 * error)
+        assert layer.bias is not None
+        assert not layer.bias.any()
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+def test_every_recipe_ends_in_the_same_61706_parameters(recipe: Recipe) -> None:
+    model = recipe.build_model(10, 0, 0.286, 0.353)
+    assert sum(parameter.numel() for parameter in fold_standardise(model).parameters()) == 61_706
+    assert (model.activation, model.pooling) == (recipe.activation, recipe.pooling)
+
+
+def test_a_constant_rate_stays() -> None:
+    assert {SEED_RECIPE.lr_at(step, 100) for step in range(100)} == {1.0}
+
+
+def test_one_cycle_rises_to_the_rate_and_falls_to_zero() -> None:
+    recipe = replace(SEED_RECIPE, schedule="one-cycle", warmup=0.1)
+    rates = [recipe.lr_at(step, 1000) for step in range(1000)]
+    assert rates[0] == 0
+    assert rates[:101] == sorted(rates[:101])
+    assert rates[50] == pytest.approx(0.5)
+    assert rates[100] == 1
+    assert rates[550] == pytest.approx(0.5)  # half way down
+    assert rates[100:] == sorted(rates[100:], reverse=True)
+    assert rates[-1] < 1e-5
+    assert replace(recipe, warmup=0.0).lr_at(0, 1000) == 1

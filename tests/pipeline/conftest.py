@@ -1,7 +1,9 @@
-"""What the tests of sources share: a few real images, and a loopback server that can fail."""
+"""What tests share: a few real images, a loopback server that can fail, runs that are ready to publish."""
 
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -10,9 +12,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
+from lenet.recipe import RECIPES
+from pipeline.checkpoint import EpochMetrics, encode_model
 from pipeline.download import SourceConfig, cache_folder, fetch
 from pipeline.errors import DataError
+from pipeline.evaluate import Evaluation, evaluate
+from pipeline.publish import Published, publish
+from pipeline.shards import Manifest
 from pipeline.source import Source, open_source
+from pipeline.storage import Store, sha256
+from pipeline.train import Training, staging
 
 if TYPE_CHECKING:
     from tests.conftest import Splits
@@ -102,3 +111,38 @@ def contents() -> Callable[[Source, str], list[tuple[str, bytes]]]:
         )
 
     return pairs
+
+
+FINISHED = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+
+
+@dataclass(frozen=True)
+class Receipts:
+    """What the steps before publishing left for a run."""
+
+    run_id: str
+    manifest: Manifest
+    training: Training
+    evaluation: Evaluation
+
+    def publish(self, store: Store, **parameters: object) -> Published:
+        given, versions = {"lr": 0.9, "seed": 0, **parameters}, {"code": "abc", "torch": "2"}
+        return publish(store, self.run_id, given, versions, self.manifest, self.training, self.evaluation)
+
+
+@pytest.fixture
+def trained(small_manifest: Callable[[Store], Manifest]) -> Callable[..., Receipts]:
+    """Function that leaves the receipts of a run with untrained weights in a store."""
+
+    def make(store: Store, run_id: str, finished: datetime = FINISHED, seed: int = 0) -> Receipts:
+        manifest = small_manifest(store)
+        candidate = encode_model(RECIPES["seed"].build_model(10, seed))
+        key = f"{staging(run_id)}/candidate.safetensors"
+        store.put(key, candidate)
+        epoch = EpochMetrics(epoch=1, train_loss=2.3, train_accuracy=0.1, held_out_loss=2.3, held_out_accuracy=0.1,
+                             seconds=1.0, images_per_second=600.0, world_size=2)  # fmt: skip
+        training = Training(history=[epoch], candidate=key, candidate_sha256=sha256(candidate), parameters=61_706,
+                            world_size=2, device="cpu", wall_seconds=1.0, finished=finished)  # fmt: skip
+        return Receipts(run_id, manifest, training, evaluate(store, run_id, manifest, training))
+
+    return make

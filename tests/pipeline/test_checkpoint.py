@@ -1,27 +1,37 @@
 """Proves that training goes on from a checkpoint bit by bit as it would have, and that a torn one is refused."""
 
-from collections.abc import Callable, Iterable
-from pathlib import Path
+import subprocess
+import sys
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
+import safetensors.torch
 import torch
-from torch import nn
 
-from lenet.model import LeNet
-from lenet.step import PlainGradient, flatten
-from pipeline.checkpoint import FILE_NAME, EpochMetrics, Position, load_state, read_state, save_state
+from lenet.model import LeNet, fold_standardise
+from lenet.optimize import Optimization
+from lenet.recipe import RECIPES, Recipe
+from lenet.step import PlainGradient, flatten, predict_step
+from pipeline.checkpoint import (
+    EpochMetrics,
+    Position,
+    decode_model,
+    encode_model,
+    encode_state,
+    load_state,
+    read_state,
+)
 from pipeline.errors import DataError
 
 if TYPE_CHECKING:
     from tests.conftest import Splits
 
-MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
-
-OPTIMIZERS: dict[str, MakeOptimizer] = {
-    "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.9),
-    "momentum": lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-4),
-    "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=0.003, betas=(0.8, 0.99)),
+SEED = RECIPES["seed"]
+KINDS = {
+    "sgd": SEED,
+    "momentum": replace(SEED, lr=0.1, momentum=0.9, weight_decay=1e-4),
+    "muon, one-cycle, averaged": RECIPES["modern"],
 }
 HISTORY = [
     EpochMetrics(
@@ -32,98 +42,134 @@ HISTORY = [
         held_out_accuracy=0.9,
         seconds=1e-3,
         images_per_second=12345.678,
+        world_size=2,
     )
     for epoch in (1, 2)
 ]
 POSITION = Position(epoch=3, step=117, counts=(1 / 3, 20_000.0, 29_952.0), seconds=2.5, history=HISTORY)
 
 
-def make(optimizer: MakeOptimizer, seed: int) -> tuple[LeNet, torch.optim.Optimizer]:
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = LeNet()
+def make(recipe: Recipe, seed: int = 0) -> tuple[LeNet, Optimization]:
     # As the workers hold it: the file is contiguous, the memory is not.
-    model = model.to(memory_format=torch.channels_last)
-    return model, optimizer([flatten(model)])
+    model = recipe.build_model(10, seed).to(memory_format=torch.channels_last)
+    return model, Optimization(recipe, model, flatten(model), steps=10)
 
 
-def train(model: LeNet, optimizer: torch.optim.Optimizer, splits: "Splits", steps: range) -> None:
+def train(model: LeNet, optimization: Optimization, splits: "Splits", steps: range) -> None:
     images, labels = (torch.from_numpy(array) for array in splits["train"])
-    [flat] = optimizer.param_groups[0]["params"]
-    gradient = PlainGradient(model, flat)
+    gradient = PlainGradient(model, optimization.flat)
     for step in steps:
         rows = slice(step * 20, step * 20 + 20)
         gradient(images[rows], labels[rows], global_batch=20)
-        optimizer.step()
+        optimization.step(step)
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
-def test_a_restored_training_goes_on_bit_by_bit(
-    tmp_path: Path, small_splits: "Splits", optimizer: MakeOptimizer
-) -> None:
-    model, state = make(optimizer, seed=0)
-    train(model, state, small_splits, range(5))
-    save_state(tmp_path, model, state, POSITION)
-    train(model, state, small_splits, range(5, 10))
+@pytest.mark.parametrize("recipe", KINDS.values(), ids=KINDS)
+def test_a_restored_training_goes_on_bit_by_bit(small_splits: "Splits", recipe: Recipe) -> None:
+    model, optimization = make(recipe)
+    train(model, optimization, small_splits, range(5))
+    data = encode_state(model, optimization, POSITION)
+    train(model, optimization, small_splits, range(5, 10))
 
-    restored, restored_state = make(optimizer, seed=1)
-    assert load_state(tmp_path, restored, restored_state) == POSITION
-    train(restored, restored_state, small_splits, range(5, 10))
+    restored, restored_optimization = make(recipe, seed=1)
+    assert load_state(data, restored, restored_optimization) == POSITION
+    train(restored, restored_optimization, small_splits, range(5, 10))
 
     for name, weight in model.state_dict().items():
         assert torch.equal(restored.state_dict()[name], weight), name
+    with optimization.averaged(), restored_optimization.averaged():
+        for name, weight in model.state_dict().items():
+            assert torch.equal(restored.state_dict()[name], weight), name
 
 
-def test_saving_does_not_disturb_the_training(tmp_path: Path, small_splits: "Splits") -> None:
+@pytest.mark.parametrize("recipe", KINDS.values(), ids=KINDS)
+def test_saving_does_not_disturb_the_training(small_splits: "Splits", recipe: Recipe) -> None:
     results = []
     for save in (False, True):
-        model, state = make(OPTIMIZERS["momentum"], seed=0)
-        train(model, state, small_splits, range(3))
+        model, optimization = make(recipe)
+        train(model, optimization, small_splits, range(3))
         if save:
-            save_state(tmp_path, model, state, POSITION)
-        train(model, state, small_splits, range(3, 6))
+            encode_state(model, optimization, POSITION)
+        train(model, optimization, small_splits, range(3, 6))
         results.append(model.fc3.weight)
     assert torch.equal(*results)
 
 
-def test_a_restored_optimizer_keeps_the_settings_of_the_saved_one(tmp_path: Path) -> None:
-    model, _ = make(OPTIMIZERS["sgd"], seed=0)
-    save_state(tmp_path, model, torch.optim.SGD(model.parameters(), lr=0.25, momentum=0.5), Position())
-    other = torch.optim.SGD(model.parameters(), lr=1)
-    load_state(tmp_path, model, other)
-    assert (other.param_groups[0]["lr"], other.param_groups[0]["momentum"]) == (0.25, 0.5)
-
-
-def test_weights_and_position_can_be_read_without_a_model(tmp_path: Path, small_splits: "Splits") -> None:
-    model, state = make(OPTIMIZERS["adamw"], seed=0)
-    train(model, state, small_splits, range(2))
-    save_state(tmp_path, model, state, POSITION)
-    weights, position = read_state(tmp_path / FILE_NAME)
+@pytest.mark.parametrize("recipe", KINDS.values(), ids=KINDS)
+def test_weights_to_publish_and_position_can_be_read_without_a_model(small_splits: "Splits", recipe: Recipe) -> None:
+    model, optimization = make(recipe)
+    train(model, optimization, small_splits, range(2))
+    data = encode_state(model, optimization, POSITION)
+    weights, position = read_state(data)
     assert position == POSITION
     assert weights.keys() == model.state_dict().keys()
-    assert all(torch.equal(weights[name], value) for name, value in model.state_dict().items())
+    with optimization.averaged():
+        assert all(torch.equal(weights[name], value) for name, value in model.state_dict().items())
 
 
-def test_a_checkpoint_is_one_file(tmp_path: Path) -> None:
-    save_state(tmp_path, *make(OPTIMIZERS["adamw"], seed=0), POSITION)
-    assert [path.name for path in tmp_path.iterdir()] == ["state.safetensors"]
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+def test_a_model_comes_back_from_its_file_alone(small_splits: "Splits", recipe: Recipe) -> None:
+    model = fold_standardise(recipe.build_model(7, 0, 0.286, 0.353)).eval()
+    found = decode_model(encode_model(model))
+    assert not found.training
+    images = torch.from_numpy(small_splits["test"][0])
+    assert torch.equal(predict_step(found, images), predict_step(model, images))
+
+
+def test_a_model_that_standardises_is_not_written() -> None:
+    with pytest.raises(ValueError, match="fold_standardise"):
+        encode_model(LeNet(10, 0.286, 0.353))
+
+
+def mislabelled(**labels: object) -> bytes:
+    """A model's file that says something untrue of it."""
+    model = LeNet()
+    for name, value in labels.items():
+        setattr(model, name, value)
+    return encode_model(model)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"\x00" * 8,
+        encode_model(LeNet())[:-1],
+        safetensors.torch.save(LeNet().state_dict()),
+        encode_state(*make(SEED), POSITION),
+        mislabelled(n_classes=3),
+        mislabelled(activation="cosine"),
+    ],
+    ids=["empty", "zeros", "torn", "no metadata", "a checkpoint", "other classes", "unknown activation"],
+)
+def test_a_file_that_is_no_model_is_refused(data: bytes) -> None:
+    with pytest.raises(DataError, match=r"^not a (LeNet|whole file) of this pipeline \(.*\)$"):
+        decode_model(data)
 
 
 @pytest.mark.parametrize("kept", [0, 4, 100, 10_000, -1])
-def test_a_torn_file_is_refused(tmp_path: Path, kept: int) -> None:
-    model, state = make(OPTIMIZERS["sgd"], seed=0)
-    save_state(tmp_path, model, state, POSITION)
-    file = tmp_path / FILE_NAME
-    file.write_bytes(file.read_bytes()[:kept])
-    for call in (lambda: load_state(tmp_path, model, state), lambda: read_state(file)):
-        with pytest.raises(
-            DataError, match=r"cannot be read \(.*\); start the run anew with another run_id$"
-        ) as raised:
+def test_a_torn_file_is_refused(kept: int) -> None:
+    model, optimization = make(SEED)
+    data = encode_state(model, optimization, POSITION)[:kept]
+    for call in (lambda: load_state(data, model, optimization), lambda: read_state(data)):
+        with pytest.raises(DataError, match=r"^not a whole file of this pipeline \(.*\)$"):
             call()
-        assert str(raised.value).startswith(f"checkpoint {file} ")
-        assert "\n" not in str(raised.value)
 
 
-def test_a_missing_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"state.safetensors cannot be read \("):
-        read_state(tmp_path / FILE_NAME)
+@pytest.mark.parametrize("part", ["tensors", "metadata"])
+def test_an_altered_file_is_refused(part: str) -> None:
+    model, optimization = make(SEED)
+    data = bytearray(encode_state(model, optimization, POSITION))
+    where = len(data) - 1000 if part == "tensors" else data.index(b'step\\\\\\":117') + len(b'step\\\\\\":11')
+    data[where] ^= 1
+    with pytest.raises(DataError, match=r"^not what was written, its sha256 differs$"):
+        read_state(bytes(data))
+
+
+def test_the_same_content_gives_the_same_bytes_in_every_process() -> None:
+    script = (
+        "from pipeline.checkpoint import encode_model; from lenet.recipe import RECIPES; import hashlib;"
+        "print(hashlib.sha256(encode_model(RECIPES['seed'].build_model(10, 0))).hexdigest())"
+    )
+    outputs = {subprocess.run([sys.executable, "-c", script], capture_output=True, check=True).stdout for _ in range(3)}
+    assert len(outputs) == 1

@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from pipeline import collective
-from pipeline.collective import SHARED_MEMORY, SharedSum, open_sum
+from pipeline.collective import SHARED_MEMORY, BackendSum, SharedSum, open_sum
 
 SIZE, TURNS = 61_706, 50
 
@@ -32,7 +32,8 @@ def add_up(rank: int, world_size: int, folder: Path) -> None:
         if turn % 10 == rank:
             time.sleep(0.05)  # now one is late, now another
         ours.append(mine.clone())
-        sum_up(ours[-1])
+        word = sum_up(ours[-1], torch.tensor(float(rank + turn)))
+        assert word == world_size * turn + sum(range(world_size))
         if turn % 10 == 0:
             theirs.append(mine)
             dist.all_reduce(theirs[-1])
@@ -46,11 +47,11 @@ def stay_away(rank: int, world_size: int, folder: Path) -> None:
     collective.PATIENCE_S = 1
     sum_up = SharedSum(10)
     for _ in range(3):
-        sum_up(torch.ones(10))
+        sum_up(torch.ones(10), torch.zeros(()))
     if rank == world_size - 1:
         return
     with pytest.raises(RuntimeError, match=rf"rank {rank} waited 1 s for gradients of ranks \[{world_size - 1}\]"):
-        sum_up(torch.ones(10))
+        sum_up(torch.ones(10), torch.zeros(()))
     (folder / f"{rank}.seen").touch()
 
 
@@ -71,6 +72,23 @@ def test_a_rank_that_does_not_come_is_named_in_bounded_time(tmp_path: Path) -> N
     assert {path.name for path in tmp_path.glob("*.seen")} == {"0.seen", "1.seen"}
 
 
-def test_ranks_on_several_hosts_or_gpus_use_torchs_backend() -> None:
-    assert open_sum(10, torch.device("cpu"), one_host=False) is dist.all_reduce
-    assert open_sum(10, torch.device("cuda"), one_host=True) is dist.all_reduce
+def add_up_by_backend(rank: int, world_size: int, folder: Path) -> None:
+    join(rank, world_size, folder)
+    sum_up = open_sum(10, torch.device("cpu"), one_host=False)
+    for turn in range(3):
+        tensor = torch.full((10,), float(rank))
+        # One rank's NaN reaches all, as the word's sense wants it.
+        word = sum_up(tensor, torch.tensor(float("nan") if turn == rank == 1 else 0.5))
+        torch.testing.assert_close(tensor, torch.full((10,), float(sum(range(world_size)))))
+        assert word.isnan() if turn == 1 else word == 0.5 * world_size
+    (folder / f"{rank}.seen").touch()
+
+
+def test_ranks_on_several_hosts_add_up_by_torchs_backend(tmp_path: Path) -> None:
+    mp.spawn(add_up_by_backend, (2, tmp_path), nprocs=2)
+    assert {path.name for path in tmp_path.glob("*.seen")} == {"0.seen", "1.seen"}
+
+
+def test_shared_memory_is_for_one_host_and_the_cpu() -> None:
+    assert isinstance(open_sum(10, torch.device("cpu"), one_host=False), BackendSum)
+    assert isinstance(open_sum(10, torch.device("meta"), one_host=True), BackendSum)

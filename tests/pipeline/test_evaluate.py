@@ -5,12 +5,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-import safetensors.torch
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lenet.recipe import RECIPES
+from pipeline.checkpoint import encode_model
 from pipeline.errors import DataError
 from pipeline.evaluate import MISTAKES_KEPT, Probabilities, judge, load_model, predict, worst_mistakes
 from pipeline.idx import Pixels
@@ -107,9 +107,9 @@ def test_predictions_do_not_depend_on_the_batches(small_splits: "Splits", monkey
 
 def test_a_stored_model_predicts_as_the_one_in_memory(store: Store, small_splits: "Splits") -> None:
     model = RECIPES["seed"].build_model(10, seed=0)
-    data = safetensors.torch.save(model.state_dict())
+    data = encode_model(model)
     store.put("candidate", data)
-    loaded = load_model(store, "candidate", sha256(data), 10)
+    loaded = load_model(store, "candidate", sha256(data))
     assert not loaded.training
     images = small_splits["test"][0]
     assert np.array_equal(predict(loaded, images), predict(model, images))
@@ -117,12 +117,12 @@ def test_a_stored_model_predicts_as_the_one_in_memory(store: Store, small_splits
 
 @pytest.mark.parametrize("position", [0, 20, -1])
 def test_altered_weights_are_refused(local_store: Store, position: int) -> None:
-    data = safetensors.torch.save(RECIPES["seed"].build_model(10, seed=0).state_dict())
+    data = encode_model(RECIPES["seed"].build_model(10, seed=0))
     altered = bytearray(data)
     altered[position] ^= 1
     local_store.put("candidate", bytes(altered))
     with pytest.raises(DataError) as raised:
-        load_model(local_store, "candidate", sha256(data), 10)
+        load_model(local_store, "candidate", sha256(data))
     where = local_store.locate("candidate")
     assert str(raised.value) == f"{where}: its sha256 is not the recorded {sha256(data)[:12]}…; run anew"
 

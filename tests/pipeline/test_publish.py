@@ -3,59 +3,24 @@
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING
 
 import pytest
 import s3fs
-import safetensors.torch
 
-from lenet.recipe import RECIPES
-from pipeline.checkpoint import EpochMetrics
 from pipeline.errors import DataError
-from pipeline.evaluate import Evaluation, evaluate
-from pipeline.publish import Published, find_run, publish, read_latest, run_folder, verify_run
-from pipeline.shards import Manifest
+from pipeline.publish import find_run, read_latest, run_folder, verify_run
 from pipeline.storage import Store, sha256
-from pipeline.train import Training, staging
+
+if TYPE_CHECKING:
+    from tests.pipeline.conftest import Receipts
 
 FINISHED = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
-ARTIFACTS = {"model.safetensors", "report.json", "report.html"}
 
-
-@dataclass(frozen=True)
-class Receipts:
-    """What the steps before publishing left for a run."""
-
-    run_id: str
-    manifest: Manifest
-    training: Training
-    evaluation: Evaluation
-
-    def publish(self, store: Store) -> Published:
-        parameters, versions = {"lr": 0.9, "seed": 0}, {"code": "abc", "torch": "2"}
-        return publish(store, self.run_id, parameters, versions, self.manifest, self.training, self.evaluation)
-
-
-Trained = Callable[..., Receipts]
-
-
-@pytest.fixture
-def trained(small_manifest: Callable[[Store], Manifest]) -> Trained:
-    """Function that leaves the receipts of a run with untrained weights in a store."""
-
-    def make(store: Store, run_id: str, finished: datetime = FINISHED, seed: int = 0) -> Receipts:
-        manifest = small_manifest(store)
-        candidate = safetensors.torch.save(RECIPES["seed"].build_model(10, seed).state_dict())
-        key = f"{staging(run_id)}/candidate.safetensors"
-        store.put(key, candidate)
-        epoch = EpochMetrics(epoch=1, train_loss=2.3, train_accuracy=0.1, held_out_loss=2.3, held_out_accuracy=0.1,
-                             seconds=1.0, images_per_second=600.0)  # fmt: skip
-        training = Training(history=[epoch], candidate=key, candidate_sha256=sha256(candidate), parameters=61_706,
-                            world_size=2, device="cpu", wall_seconds=1.0, finished=finished)  # fmt: skip
-        return Receipts(run_id, manifest, training, evaluate(store, run_id, manifest, training))
-
-    return make
+ARTIFACTS = {"model.safetensors", "report.json", "report.html", "events.out.tfevents.lenet"}
+Trained = Callable[..., "Receipts"]
 
 
 class Crash(Exception):

@@ -20,7 +20,7 @@ PIXELS = [np.arange(784, dtype=np.uint8).reshape(28, 28)]
 
 def epoch(number: int) -> EpochMetrics:
     return EpochMetrics(epoch=number, train_loss=2 / number, train_accuracy=0.3, held_out_loss=1.5,
-                        held_out_accuracy=0.25, seconds=2.0, images_per_second=30_000.4)  # fmt: skip
+                        held_out_accuracy=0.25, seconds=2.0, images_per_second=30_000.4, world_size=2)  # fmt: skip
 
 
 def a_report(names: list[str] | None = None, text: str = "r1", homepage: str = "https://example.org/data",

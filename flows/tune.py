@@ -1,0 +1,32 @@
+"""`lenet tune`: search a recipe's hyperparameters; what comes of it is a recipe file that `lenet train` takes."""
+
+import logging
+from typing import Annotated, Any
+
+from cyclopts import Parameter
+from rich.console import Console
+from rich.table import Table
+
+import pipeline.run
+from flows.display import Display
+from flows.parameters import with_parameters
+from pipeline.run import TuneRunConfig, config_of
+
+SHOWN = 10
+
+
+@with_parameters(TuneRunConfig, lambda field, text: Annotated[field.annotation, Parameter(help=text)])
+def tune(**parameters: Any) -> None:
+    """Search a recipe's hyperparameters with Ray Tune, judging them on validation images; never on the test images."""
+    config = config_of(parameters, TuneRunConfig)
+    console = Console(highlight=False)
+    logging.getLogger("pipeline").setLevel(logging.INFO)
+    with Display(console):
+        tuned = pipeline.run.tune(config)
+    table = Table("accuracy", "epochs", *config.vary, box=None)
+    for trial in tuned.trials[:SHOWN]:
+        table.add_row(
+            f"{trial.accuracy:.4f}", str(trial.epochs), *(f"{trial.parameters[name]:.4g}" for name in config.vary)
+        )
+    console.print(table)
+    console.print(f"recipe: {config.output} · use it with: lenet train --recipe {config.output}", soft_wrap=True)

@@ -1,0 +1,108 @@
+"""Proves that a recipe's updates are those that its words say, and what becomes of the average."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lenet.model import LeNet
+from lenet.optimize import ADAMW_BETAS, ADAMW_LR, Optimization
+from lenet.recipe import RECIPES, Recipe
+from lenet.step import flatten
+
+SEED, MODERN = RECIPES["seed"], RECIPES["modern"]
+STEPS = 20
+
+
+def open_optimization(recipe: Recipe) -> tuple[LeNet, Optimization]:
+    # As the workers have it: a filter's elements lie in another order in memory.
+    model = recipe.build_model(10, seed=0).to(memory_format=torch.channels_last)
+    return model, Optimization(recipe, model, flatten(model), STEPS)
+
+
+def gradients(model: nn.Module, step: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    return {name: torch.randn(p.shape, generator=generator) for name, p in model.named_parameters()}
+
+
+def run(recipe: Recipe, steps: int = STEPS) -> tuple[LeNet, Optimization, list[dict[str, Tensor]]]:
+    """So many updates with made-up gradients; the weights after each."""
+    model, optimization = open_optimization(recipe)
+    weights = []
+    for step in range(steps):
+        for name, value in gradients(model, step).items():
+            gradient = model.get_parameter(name).grad
+            assert gradient is not None
+            gradient.copy_(value)
+        optimization.step(step)
+        weights.append({name: value.clone() for name, value in model.state_dict().items()})
+    return model, optimization, weights
+
+
+def test_the_seed_recipe_takes_the_steps_of_plain_gradient_descent() -> None:
+    model = SEED.build_model(10, seed=0)
+    expected = model.state_dict()
+    for step in range(3):  # with momentum the second step would be longer
+        for name, value in gradients(model, step).items():
+            expected[name] -= SEED.lr * value
+    found = run(SEED, 3)[2][-1]
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name])
+
+
+def test_muon_moves_every_matrix_but_the_last_by_its_own_rule_and_adamw_the_rest() -> None:
+    """Against torch's optimizers on parameters of their own, filters as rows of 25 and 150 in the usual order."""
+    model, _, _ = run(MODERN)
+    reference = MODERN.build_model(10, seed=0)
+    matrices = {
+        name: nn.Parameter(value.flatten(1)) for name, value in reference.state_dict().items()
+        if value.ndim > 1 and name != "fc3.weight"
+    }  # fmt: skip
+    rest = {name: nn.Parameter(value) for name, value in reference.state_dict().items() if name not in matrices}
+    muon = torch.optim.Muon(matrices.values(), momentum=MODERN.momentum, weight_decay=MODERN.weight_decay)
+    adamw = torch.optim.AdamW(rest.values(), betas=ADAMW_BETAS, weight_decay=0)
+    for step in range(STEPS):
+        for name, value in gradients(reference, step).items():
+            (matrices | rest)[name].grad = value.view_as((matrices | rest)[name])
+        rate = MODERN.lr * MODERN.lr_at(step, STEPS)
+        muon.param_groups[0]["lr"], adamw.param_groups[0]["lr"] = rate, rate * ADAMW_LR
+        muon.step()
+        adamw.step()
+    assert len(matrices) == 4
+    for name, value in (matrices | rest).items():
+        # Muon works in bfloat16, where the order of a row's elements tells; 20 steps of up to 0.02.
+        tolerance = 2e-3 if name in matrices else 1e-6
+        torch.testing.assert_close(model.state_dict()[name], value.view_as(model.state_dict()[name]).data,
+                                   rtol=0, atol=tolerance)  # fmt: skip
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+def test_the_rate_is_the_schedules(recipe: Recipe) -> None:
+    _, optimization = open_optimization(recipe)
+    for step in (0, 1, 10, 19):
+        optimization.step(step)
+        [first, *others] = [group["lr"] for optimizer in optimization.optimizers for group in optimizer.param_groups]
+        assert first == pytest.approx(recipe.lr * recipe.lr_at(step, STEPS))
+        assert others in ([], [pytest.approx(first * ADAMW_LR)])
+
+
+def test_the_average_is_of_all_steps_the_latest_most() -> None:
+    model, optimization, weights = run(replace(SEED, averaging=0.5))
+    expected = {name: value.clone() for name, value in SEED.build_model(10, seed=0).state_dict().items()}
+    for step, after in enumerate(weights):
+        decay = min(0.5, (step + 1) / (step + 10))
+        for name, value in after.items():
+            expected[name] = decay * expected[name] + (1 - decay) * value
+    with optimization.averaged():
+        for name, value in model.state_dict().items():
+            torch.testing.assert_close(value, expected[name])
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, weights[-1][name])
+
+
+def test_without_an_average_the_model_stays_as_it_is() -> None:
+    model, optimization, weights = run(SEED, 2)
+    assert optimization.average is None
+    with optimization.averaged():
+        assert all(torch.equal(value, weights[-1][name]) for name, value in model.state_dict().items())

@@ -1,0 +1,229 @@
+"""Proves on a real Ray of several nodes that training survives what happens to machines, and that the weights are those
+of a training that nothing happened to."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import torch
+from ray.cluster_utils import Cluster
+
+from pipeline.checkpoint import FILE_NAME, EpochMetrics, decode_model, read_state
+from pipeline.cluster import ClusterConfig
+from pipeline.errors import ClusterError, ConfigError
+from pipeline.loader import LoadConfig
+from pipeline.recipe import TrainConfig
+from pipeline.shards import Manifest
+from pipeline.storage import Store, open_store
+from pipeline.train import Training, find_training, fit, staging
+
+# Long enough to be disturbed, and so gentle that float32's rounding does not grow.
+EPOCHS = 60
+RUN = TrainConfig(epochs=EPOCHS, global_batch_size=64, lr=0.1, seed=3)
+TOLERANCE = 5e-5
+TWO_ON_A_CLUSTER = ClusterConfig(workers=2, gpu="no", ray_address="auto")
+WhenEpoch = Callable[[EpochMetrics], None]
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    return open_store(str(tmp_path_factory.mktemp("faults")))
+
+
+@pytest.fixture(scope="module")
+def manifest(store: Store, small_manifest: Callable[[Store], Manifest]) -> Manifest:
+    return small_manifest(store)
+
+
+@pytest.fixture
+def cluster() -> Iterator[Cluster]:
+    """A head without CPUs and two nodes with one each, and this process connected."""
+    ray.shutdown()
+    cluster = Cluster(
+        initialize_head=True, shutdown_at_exit=False, head_node_args={"num_cpus": 0, "include_dashboard": False}
+    )
+    try:
+        for _ in range(2):
+            cluster.add_node(num_cpus=1)
+        cluster.wait_for_nodes()
+        ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+        yield cluster
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(store: Store, manifest: Manifest) -> Training:
+    """The same training on one worker of a local Ray, to which nothing happens."""
+    ray.shutdown()
+    return fit(store, "undisturbed", manifest, RUN, ClusterConfig(workers=1, gpu="no"), LoadConfig())
+
+
+def assert_same(store: Store, one: Training, other: Training) -> None:
+    first, second = (decode_model(store.read(training.candidate)).state_dict() for training in (one, other))
+    for name in first:
+        torch.testing.assert_close(first[name], second[name], rtol=0, atol=TOLERANCE, msg=name)
+    assert [epoch.epoch for epoch in one.history] == [epoch.epoch for epoch in other.history]
+
+
+def once_after(epochs: int, act: Callable[[], None]) -> tuple[WhenEpoch, list[Future[None]]]:
+    """A callback that acts after so many epochs, in a thread of its own, and what came of it."""
+    pool = ThreadPoolExecutor(1)
+    acted: list[Future[None]] = []
+
+    def on_epoch(epoch: EpochMetrics) -> None:
+        if epoch.epoch >= epochs and not acted:
+            acted.append(pool.submit(act))
+
+    return on_epoch, acted
+
+
+def positions(store: Store, run_id: str) -> list[tuple[int, int]]:
+    """Epoch and step of the checkpoints there are."""
+    keys = [key for key in store.keys(f"{staging(run_id)}/ray") if key.endswith(FILE_NAME)]
+    found = [read_state(store.read(key))[1] for key in keys]
+    return [(position.epoch, position.step) for position in found]
+
+
+def test_a_node_killed_in_mid_training_changes_nothing(
+    store: Store, manifest: Manifest, undisturbed: Training, cluster: Cluster
+) -> None:
+    def kill_one() -> None:
+        cluster.add_node(num_cpus=1)
+        # The second of the list: the first is the head, and it is the workers' nodes that fail.
+        cluster.remove_node(cluster.list_all_nodes()[1], allow_graceful=False)
+
+    on_epoch, acted = once_after(10, kill_one)
+    training = fit(store, "node-killed", manifest, RUN, TWO_ON_A_CLUSTER, LoadConfig(), on_epoch)
+    [killed] = acted
+    killed.result()
+    assert_same(store, training, undisturbed)
+
+
+def test_a_node_about_to_go_is_left_with_a_checkpoint(
+    store: Store, manifest: Manifest, undisturbed: Training, cluster: Cluster
+) -> None:
+    """What a cloud does with a spot machine: a notice, and soon after the end."""
+    seen: list[tuple[int, int]] = []
+
+    def drain_one() -> None:
+        node = cluster.list_all_nodes()[1]
+        cluster.add_node(num_cpus=1)
+        command = ["ray", "drain-node", "--address", cluster.address, "--node-id", node.node_id,
+                   "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot",
+                   "--deadline-remaining-seconds", "20"]  # fmt: skip
+        subprocess.run([sys.executable, "-m", "ray.scripts.scripts", *command[1:]], check=True, capture_output=True)
+        deadline = time.monotonic() + 15
+        while time.monotonic() < deadline:
+            seen.extend(positions(store, "drained"))
+            time.sleep(0.05)
+
+    # Epochs of one second, so that a checkpoint in the middle of one is to be expected.
+    config = RUN.model_copy(update={"epochs": 40, "global_batch_size": 1, "lr": 0.001})
+    on_epoch, acted = once_after(2, drain_one)
+    training = fit(store, "drained", manifest, config, TWO_ON_A_CLUSTER, LoadConfig(), on_epoch)
+    acted[0].result()
+    assert [step for _, step in seen if step], "there was no checkpoint in mid-epoch"
+    spared = fit(store, "spared", manifest, config, TWO_ON_A_CLUSTER, LoadConfig())
+    assert_same(store, training, spared)
+
+
+def test_a_range_of_workers_starts_with_those_there_is_room_for_and_grows(
+    store: Store, manifest: Manifest, undisturbed: Training, cluster: Cluster
+) -> None:
+    on_epoch, acted = once_after(5, lambda: cluster.add_node(num_cpus=1) and None)
+    config = RUN.model_copy(update={"epochs": 400})
+    elastic = ClusterConfig(workers="2-3", gpu="no", ray_address="auto")
+
+    sizes: list[int] = []
+
+    def watch(epoch: EpochMetrics) -> None:
+        on_epoch(epoch)
+        sizes.append(epoch.world_size)
+
+    training = fit(store, "elastic", manifest, config, elastic, LoadConfig(), watch)
+    [added] = acted
+    added.result()
+    assert (sizes[0], training.history[-1].world_size) == (2, 3)
+    assert sizes == sorted(sizes)
+    fixed = fit(store, "fixed", manifest, config, ClusterConfig(workers=1, gpu="no", ray_address="auto"), LoadConfig())
+    assert_same(store, training, fixed)
+
+
+def test_more_workers_than_there_is_room_for_are_refused_at_once(
+    store: Store, manifest: Manifest, cluster: Cluster
+) -> None:
+    started = time.monotonic()
+    with pytest.raises((ConfigError, ClusterError), match=r"^workers=\S+: Ray has room for 2 on 2 CPUs"):
+        fit(store, "crowded", manifest, RUN, ClusterConfig(workers=3, gpu="no", ray_address="auto"), LoadConfig())
+    assert time.monotonic() - started < 30
+
+
+DRIVER = """
+from pipeline.cluster import ClusterConfig
+from pipeline.loader import LoadConfig
+from pipeline.recipe import TrainConfig
+from pipeline.shards import require_manifest
+from pipeline.storage import open_store
+from pipeline.train import fit
+store = open_store({url!r})
+fit(store, {run_id!r}, require_manifest(store, {folder!r}), TrainConfig.model_validate({config!r}),
+    ClusterConfig(workers=2, cpus_per_worker=0.5, gpu="no"), LoadConfig())
+"""
+
+
+def start_driver(store: Store, run_id: str, manifest: Manifest, config: TrainConfig) -> subprocess.Popen[str]:
+    """A process of its own that trains on a local Ray."""
+    given = config.model_dump(exclude_none=True)
+    script = DRIVER.format(url=store.url, run_id=run_id, folder=manifest.folder, config=given)
+    return subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(condition: Callable[[], Any], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {seconds} s in vain"
+        time.sleep(0.05)
+
+
+def test_sigterm_ends_training_with_a_checkpoint_in_mid_epoch(store: Store, manifest: Manifest) -> None:
+    config = RUN.model_copy(update={"epochs": 20, "global_batch_size": 1, "lr": 0.001})
+    driver = start_driver(store, "terminated", manifest, config)
+    wait_for(lambda: store.exists(f"{staging('terminated')}/progress/00002.json"), 120)
+    driver.send_signal(signal.SIGTERM)
+    _, err = driver.communicate(timeout=30)
+    assert driver.returncode != 0
+    assert "pipeline.errors.Terminated" in err
+    assert find_training(store, "terminated") is None
+    epoch, step = max(positions(store, "terminated"))
+    assert epoch > 2
+    assert 0 < step < 600
+    training = fit(store, "terminated", manifest, config, ClusterConfig(workers=1, gpu="no"), LoadConfig())
+    spared = fit(store, "not-terminated", manifest, config, ClusterConfig(workers=1, gpu="no"), LoadConfig())
+    assert_same(store, training, spared)
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
+    store: Store, manifest: Manifest, undisturbed: Training
+) -> None:
+    driver = start_driver(store, "damaged", manifest, RUN)
+    wait_for(lambda: store.exists(f"{staging('damaged')}/progress/00010.json"), 120)
+    os.kill(driver.pid, signal.SIGKILL)
+    driver.communicate()
+    keys = sorted(key for key in store.keys(f"{staging('damaged')}/ray") if key.endswith(FILE_NAME))
+    assert len(keys) >= 2
+    newest = Path(store.path(keys[-1]))
+    data = bytearray(newest.read_bytes())
+    data[len(data) // 2] ^= 1
+    newest.write_bytes(data)
+    training = fit(store, "damaged", manifest, RUN, ClusterConfig(workers=2, gpu="no"), LoadConfig())
+    assert_same(store, training, undisturbed)

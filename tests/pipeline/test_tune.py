@@ -1,0 +1,52 @@
+"""Proves on a real Ray that a search looks where it is told to, at validation alone, and gives back its best."""
+
+from pathlib import Path
+
+import pytest
+
+from lenet.recipe import RECIPES
+from pipeline.cluster import ClusterConfig
+from pipeline.recipe import TrainConfig, TuneConfig, encode_recipe, varied
+from pipeline.sharding import ShardConfig, write_shards
+from pipeline.source import Source
+from pipeline.storage import open_store
+from pipeline.tune import Tuned, tune
+
+BASE = varied(RECIPES["seed"], {"epochs": 9, "global_batch_size": 32})
+SEARCH = TuneConfig(vary=("lr", "momentum", "shift"), trials=5)
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory: pytest.TempPathFactory, small_source: Source) -> Tuned:
+    store = open_store(str(tmp_path_factory.mktemp("tune")))
+    manifest = write_shards(store, small_source, ShardConfig(validation_fraction=0.2))
+    for shard in manifest.splits["test"]:
+        store.delete(f"{manifest.folder}/{shard.name}")  # whoever looks at the test images fails
+    return tune(store, manifest, BASE, 0, SEARCH, ClusterConfig(workers=2, gpu="no"))
+
+
+def test_every_trial_lies_within_the_ranges(tuned: Tuned) -> None:
+    assert len(tuned.trials) == SEARCH.trials
+    for trial in tuned.trials:
+        assert list(trial.parameters) == list(SEARCH.vary)
+        assert BASE.lr / 4 <= trial.parameters["lr"] <= BASE.lr * 4
+        assert 0.8 <= trial.parameters["momentum"] <= 0.98
+        assert trial.parameters["shift"] in {0, 1, 2, 3}
+        assert 0 <= trial.accuracy <= 1
+    assert len({trial.parameters["lr"] for trial in tuned.trials}) == SEARCH.trials
+
+
+def test_poor_trials_end_early_and_the_best_trained_to_the_end(tuned: Tuned) -> None:
+    epochs = [trial.epochs for trial in tuned.trials]
+    assert epochs[0] == BASE.epochs
+    assert epochs[-1] < BASE.epochs
+    finished = [trial.accuracy for trial in tuned.trials if trial.epochs == BASE.epochs]
+    assert tuned.trials[0].accuracy == max(finished)
+
+
+def test_the_recipe_is_the_best_trials_and_a_run_accepts_its_file(tuned: Tuned, tmp_path: Path) -> None:
+    best = tuned.trials[0].parameters
+    assert tuned.recipe == varied(BASE, {**best, "name": "seed-tuned"})
+    file = tmp_path / "tuned.json"
+    file.write_bytes(encode_recipe(tuned.recipe))
+    assert TrainConfig(recipe=str(file)).resolved() == tuned.recipe
