@@ -13,12 +13,13 @@ from rich.console import Console
 from rich.table import Table
 
 from flows.data import data
+from flows.display import Display
 from flows.parameters import with_parameters
 from flows.runs import runs
 from flows.tune import tune
 from lenet.model import LeNet, layer_table
 from pipeline.errors import PipelineError, Terminated
-from pipeline.run import RunConfig, check, config_of
+from pipeline.run import RunConfig, check, config_of, ray_ahead
 
 app = App(
     name="lenet",
@@ -58,14 +59,14 @@ QUIET_PREFECT = {
 @with_parameters(RunConfig, lambda field, text: Annotated[field.annotation, Parameter(help=text)])
 def train(**parameters: Any) -> None:
     """Run the whole pipeline: download, shard, train, evaluate, publish."""
-    check(config_of(parameters))  # the flow does so too, but only once Prefect is up
+    config: RunConfig = config_of(parameters)
+    check(config)  # the flow does so too, but only once Prefect is up
     for name, value in QUIET_PREFECT.items():
         os.environ.setdefault(name, value)
-    from flows.display import Display
-    from flows.train_lenet import train_lenet  # after the settings above, for it imports prefect
+    with ray_ahead(config), Display(Console()) as display:
+        from flows.train_lenet import train_lenet  # after the settings above, for it imports prefect
 
-    _start_prefect()
-    with Display(Console()) as display:
+        _start_prefect()
         published = train_lenet(**parameters)
     display.console.print(
         f"test accuracy {published.accuracy:.4f} · report: {published.report}", soft_wrap=True, highlight=False

@@ -5,6 +5,7 @@ import logging
 import os
 import re
 import socket
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Annotated, Any, Literal
 
@@ -20,12 +21,16 @@ from pipeline.errors import ClusterError, ConfigError
 # Ray Train reads these from the environment; what the user has set there stays.
 RAY_TRAIN_SETTINGS = {
     "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "120",  # give up a hung worker after 2 minutes, not 10
+    "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": "120",  # and wait no longer for one that does not report, instead of for ever
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",  # hear of a machine that is about to go within a second, not five
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # take in reports, and see the end, after 0.2 seconds, not two
 }
 # A local Ray is not preempted: its watcher would take 2 s of a core to start, before the first step.
-LOCAL_RAY_SETTINGS = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
+LOCAL_RAY_SETTINGS = {
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+}
 
+_connecting = threading.Lock()
 CONNECT_TIMEOUT_S = 5
 MAX_WORKERS = 10_000
 
@@ -122,16 +127,47 @@ def check_cluster(config: ClusterConfig) -> None:
 
 
 @contextlib.contextmanager
+def ray_ahead(config: ClusterConfig) -> Iterator[None]:
+    """Start a local Ray, if one is to be started at all, in the background; `ray_session` then finds it running.
+
+    So is an actor that Ray Train asks for room, and would start, for 2 s, while nothing else goes on.
+    """
+    if config.ray_address is not None:
+        yield
+        return
+
+    def start() -> None:
+        with contextlib.suppress(Exception):  # ray_session will try again, and say what is wrong
+            with _connecting:
+                _connect(config)
+            from ray.data._internal.cluster_autoscaler import get_or_create_autoscaling_coordinator  # 0.5 s to import
+
+            get_or_create_autoscaling_coordinator()  # type: ignore[no-untyped-call]
+        ended.wait()  # Ray's processes die with the thread that started them
+
+    ended = threading.Event()
+    thread = threading.Thread(target=start, name="ray", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        with _connecting:
+            ray.shutdown()
+        ended.set()
+        thread.join()
+
+
+@contextlib.contextmanager
 def ray_session(config: ClusterConfig) -> Iterator[bool]:
     """Connect to Ray, starting a local one if none is named, and yield whether the workers get GPUs.
 
     Raises ClusterError when the named cluster does not answer, ConfigError when the workers do not fit.
     """
-    for name, value in RAY_TRAIN_SETTINGS.items():
-        os.environ.setdefault(name, value)
-    started = not ray.is_initialized()
-    if started:
-        _connect(config)
+    _set_defaults(RAY_TRAIN_SETTINGS)
+    with _connecting:
+        started = not ray.is_initialized()
+        if started:
+            _connect(config)
     try:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
         yield decide_gpu(config, nodes)
@@ -155,13 +191,17 @@ def run_on_ray(config: ClusterConfig, work: Callable[[Task], Result], tasks: Ite
         yield from in_order(remote.remote, get, tasks, ahead=2 * cpus)
 
 
+def _set_defaults(environment: Mapping[str, str]) -> None:
+    for name, value in environment.items():
+        os.environ.setdefault(name, value)
+
+
 def _connect(config: ClusterConfig) -> None:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if config.ray_address is None:
         resources = local_resources()
         cpus, gpus = int(resources["CPU"]), int(resources["GPU"])
-        for name, value in LOCAL_RAY_SETTINGS.items():
-            os.environ.setdefault(name, value)
+        _set_defaults(RAY_TRAIN_SETTINGS | LOCAL_RAY_SETTINGS)
         ray.init(address="local", num_cpus=cpus, num_gpus=gpus, include_dashboard=False, **quiet)
         return
     try:

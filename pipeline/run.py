@@ -3,6 +3,7 @@
 Each step is safe to repeat: it finds what an earlier attempt finished and goes on from there.
 """
 
+import contextlib
 import importlib.metadata
 import platform
 import subprocess
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+import pipeline.cluster
 import pipeline.download
 import pipeline.evaluate
 import pipeline.publish
@@ -182,6 +184,13 @@ def _shard(config: DataConfig, folder: Path | None, ray_address: str | None) -> 
         )
     verify_shards(store, manifest)
     return manifest
+
+
+def ray_ahead(config: RunConfig) -> contextlib.AbstractContextManager[None]:
+    """Starts a local Ray in the background while other steps are at work, if there is training to be done."""
+    if config.run_id and pipeline.train.find_training(open_store(config.storage), config.run_id):
+        return contextlib.nullcontext()
+    return pipeline.cluster.ray_ahead(config)
 
 
 def train(config: RunConfig, manifest: Manifest, on_epoch: OnEpoch) -> Training:

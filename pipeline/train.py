@@ -16,7 +16,7 @@ from typing import Any
 import ray.exceptions
 import ray.train
 from pydantic import BaseModel, ConfigDict
-from ray.train.torch import TorchTrainer
+from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.util.metrics import Gauge
@@ -25,6 +25,7 @@ from torch import Tensor
 from lenet.model import LeNet, fold_standardise
 from pipeline.checkpoint import FILE_NAME, EpochMetrics, History, Position, encode_model, read_state
 from pipeline.cluster import ClusterConfig, ray_session
+from pipeline.collective import PATIENCE_S
 from pipeline.errors import StorageError, Terminated, TrainingError
 from pipeline.loader import LoadConfig, choose_loading
 from pipeline.recipe import TrainConfig
@@ -150,6 +151,7 @@ def _run_workers(
     trainer = _LeanTrainer(
         train_worker,
         train_loop_config={"job": job},
+        torch_config=TorchConfig(timeout_s=PATIENCE_S),
         local=cluster.ray_address is None,
         scaling_config=ray.train.ScalingConfig(
             num_workers=cluster.world_size,  # type: ignore[arg-type]  # annotated as of the version before

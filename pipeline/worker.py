@@ -39,8 +39,9 @@ MIB = 2**20
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -2, -3, -8  # of malloc.h
 
 
-# What a rank may say to all others with each sum of gradients; NaN says that its loss is not finite. Many may speak.
-SAVE, STOP = 1.0, 100_000.0
+# What rank 0 may say to all others with each sum of gradients; NaN, from any, says that its loss is not finite.
+SAVE, STOP = 1.0, 2.0
+NOTICE_S = 2  # between checkpoints, when a machine is about to be taken away
 # On a GPU, hearing is waiting for all that was asked of it before.
 GPU_STEPS_BETWEEN_LISTENING = 50
 
@@ -96,17 +97,15 @@ class Watch:
 
     def saved(self) -> None:
         """There is a checkpoint of this moment."""
-        self.saved_at, self.warned = time.monotonic(), _preemption()
+        self.saved_at = time.monotonic()
 
     def word(self, loss: Tensor) -> Tensor:
         """What to say to the other ranks with the gradients of a slice whose sum of losses, float64 (), this is."""
         wish = 0.0
-        if self.place.rank == 0 and time.monotonic() - self.saved_at > self.job.checkpoint_seconds:
-            wish += SAVE
-        if _preemption() != self.warned:
-            wish += SAVE
-        if self.place.rank == 0 and self.job.stop_file and self.job.stop_file.exists():
-            wish += STOP
+        if self.place.rank == 0:
+            patience = min(NOTICE_S, self.job.checkpoint_seconds) if _preempted() else self.job.checkpoint_seconds
+            wish += SAVE * (time.monotonic() - self.saved_at > patience)
+            wish += STOP * bool(self.job.stop_file and self.job.stop_file.exists())
         return (loss * 0 + wish).float()
 
 
@@ -312,9 +311,9 @@ def _save(session: Session, position: Position, metrics: dict[str, Any]) -> None
     )
 
 
-def _preemption() -> object:
-    """What Ray has said about machines of this training that are soon taken away; None while it has said nothing.
+def _preempted() -> bool:
+    """Whether Ray has said that a machine of this training is soon taken away.
 
-    `ray.train.get_preemption_info` says the same to all ranks at once, for which it takes milliseconds.
+    `ray.train.get_preemption_info` says it to all ranks at once, for which it takes milliseconds.
     """
-    return get_train_context().preemption_context.preemption_info
+    return get_train_context().preemption_context.preemption_info is not None

@@ -21,7 +21,9 @@ from pipeline.cluster import ClusterConfig
 from pipeline.errors import ClusterError, ConfigError
 from pipeline.loader import LoadConfig
 from pipeline.recipe import TrainConfig
+from pipeline.sharding import ShardConfig, write_shards
 from pipeline.shards import Manifest
+from pipeline.source import Source
 from pipeline.storage import Store, open_store
 from pipeline.train import Training, find_training, fit, staging
 
@@ -109,9 +111,7 @@ def test_a_node_killed_in_mid_training_changes_nothing(
     assert_same(store, training, undisturbed)
 
 
-def test_a_node_about_to_go_is_left_with_a_checkpoint(
-    store: Store, manifest: Manifest, undisturbed: Training, cluster: Cluster
-) -> None:
+def test_a_node_about_to_go_is_left_with_a_checkpoint(store: Store, fashion_mnist: Source, cluster: Cluster) -> None:
     """What a cloud does with a spot machine: a notice, and soon after the end."""
     seen: list[tuple[int, int]] = []
 
@@ -127,9 +127,10 @@ def test_a_node_about_to_go_is_left_with_a_checkpoint(
             seen.extend(positions(store, "drained"))
             time.sleep(0.05)
 
-    # Epochs of one second, so that a checkpoint in the middle of one is to be expected.
-    config = RUN.model_copy(update={"epochs": 40, "global_batch_size": 1, "lr": 0.001})
-    on_epoch, acted = once_after(2, drain_one)
+    # Epochs of seconds, so that there are checkpoints in the middle of them.
+    manifest = write_shards(store, fashion_mnist, ShardConfig())
+    config = TrainConfig(epochs=8)
+    on_epoch, acted = once_after(1, drain_one)
     training = fit(store, "drained", manifest, config, TWO_ON_A_CLUSTER, LoadConfig(), on_epoch)
     acted[0].result()
     assert [step for _, step in seen if step], "there was no checkpoint in mid-epoch"
@@ -141,7 +142,7 @@ def test_a_range_of_workers_starts_with_those_there_is_room_for_and_grows(
     store: Store, manifest: Manifest, undisturbed: Training, cluster: Cluster
 ) -> None:
     on_epoch, acted = once_after(5, lambda: cluster.add_node(num_cpus=1) and None)
-    config = RUN.model_copy(update={"epochs": 400})
+    config = RUN.model_copy(update={"epochs": 150})
     elastic = ClusterConfig(workers="2-3", gpu="no", ray_address="auto")
 
     sizes: list[int] = []
