@@ -4,6 +4,10 @@
 # make bench  measure against the textbook loop (10 minutes) and write docs/benchmarks.md
 # make bench-data  measure the data plane against others' (5 minutes), into docs/data-benchmarks.md
 # make bench-scale shard and stream 6 million images (15 minutes, 3 GB of disk), into docs/scale.md
+# make bench-scaling  images/s by workers and batch size (10 minutes), into docs/scaling.md
+# make accuracy  the recipes over five seeds, and what each part is worth (1 hour), into docs/accuracy.md
+# make faults kill workers, nodes and drivers 21 times (15 minutes), into docs/faults.md
+# make gpu-check  on a machine with a GPU: compare its results with the CPU's, and print images/s
 # make parity compare with a plain PyTorch loop over seeds and worker counts (20 minutes), into docs/parity.md
 
 PYTHON ?= python3
@@ -11,7 +15,7 @@ BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint requirements.lock
 export PYTHONWARNINGS ?= ignore
 
-.PHONY: run test check format bench bench-data bench-scale parity clean
+.PHONY: run test check format bench bench-data bench-scale bench-scaling accuracy faults gpu-check parity clean
 
 run: .venv/runs
 	@$(BIN)/lenet train $(ARGS)
@@ -36,6 +40,18 @@ bench-data: .venv/bench
 
 bench-scale: .venv/tests
 	$(BIN)/python tests/bench/scale.py
+
+bench-scaling: .venv/tests
+	$(BIN)/python tests/bench/scaling.py
+
+accuracy: .venv/tests
+	$(BIN)/python tests/bench/accuracy.py
+
+faults: .venv/tests
+	$(BIN)/python tests/bench/faults.py
+
+gpu-check: .venv/tests
+	$(BIN)/python tests/bench/gpu.py
 
 parity: .venv/tests
 	$(BIN)/python tests/bench/parity.py

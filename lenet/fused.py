@@ -13,17 +13,20 @@ import torch
 from torch import Tensor, nn
 
 from lenet.model import LeNet
-from lenet.step import Gradient, PlainGradient, count, no_counts, views
+from lenet.step import Gradient, GraphedGradient, PlainGradient, count, no_counts, views
 
 WINDOW = 6  # a 5x5 filter at two places in each direction
 # Larger batches are worked off in pieces: buffers stay small, and what is written is read while it is in the cache.
 PIECE = 64
 
 
-def open_gradient(model: LeNet, flat: nn.Parameter, label_smoothing: float = 0.0) -> Gradient:
+def open_gradient(model: LeNet, flat: nn.Parameter, label_smoothing: float = 0.0, bfloat16: bool = False) -> Gradient:
     """The fastest there is for the model's device and type."""
-    fused = flat.device.type == "cpu" and flat.dtype == torch.float32
-    return (FusedGradient if fused else PlainGradient)(model, flat, label_smoothing)
+    if flat.device.type == "cpu" and flat.dtype == torch.float32 and not bfloat16:
+        return FusedGradient(model, flat, label_smoothing)
+    gradient = (GraphedGradient if flat.device.type == "cuda" else PlainGradient)(model, flat, label_smoothing)
+    gradient.bfloat16 = bfloat16
+    return gradient
 
 
 class FusedGradient(Gradient):

@@ -19,7 +19,8 @@ class Recipe:
     (He et al., 2015), with biases of zero. `optimizer`: sgd is torch's, with Nesterov's momentum; muon orthogonalises
     the updates of all matrices but the last (Jordan et al., 2024) and leaves the rest to AdamW. `schedule`: one-cycle
     rises in a line over the part `warmup` of all steps and falls to zero along half a cosine. `averaging`: decay of
-    the exponential moving average of the weights, which is then the model; 0 is none.
+    the exponential moving average of the weights, which is then the model; 0 is none. `precision`: bfloat16 is that of
+    torch's autocast, worth its price on GPUs; weights and updates stay float32.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Recipe:
     schedule: Literal["constant", "one-cycle"] = "constant"
     warmup: float = 0.0
     averaging: float = 0.0
+    precision: Literal["float32", "bfloat16"] = "float32"
 
     def build_model(self, n_classes: int, seed: int, pixel_mean: float = 0.0, pixel_std: float = 1.0) -> LeNet:
         """A LeNet with the recipe's initial weights.

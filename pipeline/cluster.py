@@ -25,11 +25,9 @@ RAY_TRAIN_SETTINGS = {
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",  # hear of a machine that is about to go within a second, not five
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # take in reports, and see the end, after 0.2 seconds, not two
 }
-# A local Ray is not preempted: its watcher would take 2 s of a core to start, before the first step.
-LOCAL_RAY_SETTINGS = {
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
-}
 
+# A local Ray is not preempted: its watcher would take 2 s of a core to start, before the first step.
+LOCAL_RAY_SETTINGS = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
 _connecting = threading.Lock()
 CONNECT_TIMEOUT_S = 5
 MAX_WORKERS = 10_000
@@ -163,17 +161,18 @@ def ray_session(config: ClusterConfig) -> Iterator[bool]:
 
     Raises ClusterError when the named cluster does not answer, ConfigError when the workers do not fit.
     """
-    _set_defaults(RAY_TRAIN_SETTINGS)
-    with _connecting:
-        started = not ray.is_initialized()
-        if started:
-            _connect(config)
-    try:
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
-        yield decide_gpu(config, nodes)
-    finally:
-        if started:
-            ray.shutdown()
+    local = config.ray_address is None
+    with _defaults(RAY_TRAIN_SETTINGS | (LOCAL_RAY_SETTINGS if local else {})):
+        with _connecting:
+            started = not ray.is_initialized()
+            if started:
+                _connect(config)
+        try:
+            nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+            yield decide_gpu(config, nodes)
+        finally:
+            if started:
+                ray.shutdown()
 
 
 def run_on_ray(config: ClusterConfig, work: Callable[[Task], Result], tasks: Iterable[Task]) -> Iterator[Result]:
@@ -191,9 +190,16 @@ def run_on_ray(config: ClusterConfig, work: Callable[[Task], Result], tasks: Ite
         yield from in_order(remote.remote, get, tasks, ahead=2 * cpus)
 
 
-def _set_defaults(environment: Mapping[str, str]) -> None:
-    for name, value in environment.items():
-        os.environ.setdefault(name, value)
+@contextlib.contextmanager
+def _defaults(environment: Mapping[str, str]) -> Iterator[None]:
+    """These variables are set for the time of the block, but for those that are set already."""
+    added = {name: value for name, value in environment.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)
 
 
 def _connect(config: ClusterConfig) -> None:
@@ -201,7 +207,6 @@ def _connect(config: ClusterConfig) -> None:
     if config.ray_address is None:
         resources = local_resources()
         cpus, gpus = int(resources["CPU"]), int(resources["GPU"])
-        _set_defaults(RAY_TRAIN_SETTINGS | LOCAL_RAY_SETTINGS)
         ray.init(address="local", num_cpus=cpus, num_gpus=gpus, include_dashboard=False, **quiet)
         return
     try:

@@ -182,7 +182,7 @@ def open_learner(
     model = model.to(device).to(memory_format=torch.channels_last)  # 1.7 times as fast as NCHW on CPUs
     flat = flatten(model)
     optimization = Optimization(recipe, model, flat, recipe.epochs * steps_per_epoch)
-    return model, open_gradient(model, flat, recipe.label_smoothing), optimization
+    return model, open_gradient(model, flat, recipe.label_smoothing, recipe.precision == "bfloat16"), optimization
 
 
 def _train_epoch(session: Session, position: Position) -> Tensor:

@@ -1,7 +1,8 @@
-"""`make bench`: the whole pipeline against the textbook loop, alternating, in one run; writes docs/benchmarks.md.
+"""`make bench`: the whole pipeline against the textbook loop and Ray's own way, alternating; writes docs/benchmarks.md.
 
 Each round runs the textbook's ten epochs in a fresh process, then `lenet train` with the same ten epochs on two
-workers, from a store that holds no shards, with a Prefect home that is set up (as after a first run).
+workers, from a store that holds no shards, with a Prefect home that is set up (as after a first run); then three epochs
+as Ray Train's example has them, three with one worker, and a matrix product for what the processor can do.
 """
 
 import json
@@ -14,14 +15,17 @@ import time
 from pathlib import Path
 from typing import Annotated
 
+import ray
 import torch
 from cyclopts import App, Parameter
-from textbook import link_raw_files, textbook_loop
+from textbook import link_raw_files, rays_loop, textbook_loop
 
 from pipeline.download import SourceConfig, fetch
 
 ROOT = Path(__file__).parents[2]
 IMAGES = 60_000
+SHORT = 3  # epochs of what is not timed as a whole
+FLOP_PER_IMAGE = 2.4e6  # of LeNet's convolutions and linear layers, forward and backward
 app = App(help=__doc__)
 
 
@@ -32,7 +36,8 @@ def main(
     output: Annotated[Path, Parameter(help="Where the table goes.")] = ROOT / "docs" / "benchmarks.md",
 ) -> None:
     """Measure and write the table."""
-    measured: dict[str, list[float]] = {"textbook_wall": [], "textbook_rate": [], "ours_wall": [], "ours_rate": []}
+    names = ("textbook_wall", "textbook_rate", "ours_wall", "ours_rate", "one_rate", "rays_rate", "roofline")
+    measured: dict[str, list[float]] = {name: [] for name in names}
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
         link_raw_files(fetch(SourceConfig()), root)
@@ -44,6 +49,10 @@ def main(
             wall, rates = run_ours(root / f"round-{number}", epochs)
             measured["ours_wall"].append(wall)
             measured["ours_rate"].append(statistics.median(rates))
+            _, rates = run_ours(root / f"one-{number}", SHORT, "--workers", "1")
+            measured["one_rate"].append(statistics.median(rates))
+            measured["rays_rate"].append(statistics.median(IMAGES / seconds for seconds in run_rays(root)))
+            measured["roofline"].append(sgemm_flops() / FLOP_PER_IMAGE)
             print(number, {name: round(values[-1], 1) for name, values in measured.items()}, flush=True)
     text = table(measured, rounds, epochs)
     output.write_text(text)
@@ -59,6 +68,31 @@ def textbook_process(root: Path, epochs: int) -> None:
     print(json.dumps({"seconds": time.perf_counter() - started, "rates": rates}))
 
 
+@app.command(name="rays", show=False)
+def rays_process(root: Path) -> None:
+    """Ray Train's way alone, in a process of its own."""
+    ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    print(json.dumps(rays_loop(root, SHORT)))
+
+
+def run_rays(root: Path) -> list[float]:
+    """Seconds of each epoch of Ray Train's way."""
+    done = subprocess.run([sys.executable, __file__, "rays", str(root)], check=True, capture_output=True, text=True)
+    seconds: list[float] = json.loads(done.stdout.splitlines()[-1])
+    return seconds
+
+
+def sgemm_flops(side: int = 2048, seconds: float = 2) -> float:
+    """Floating-point operations per second of the best matrix product of that side, on all cores."""
+    a, b = torch.randn(side, side), torch.randn(side, side)
+    best, ended = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < ended:
+        started = time.perf_counter()
+        torch.mm(a, b)
+        best = min(best, time.perf_counter() - started)
+    return 2 * side**3 / best
+
+
 def run_textbook(root: Path, epochs: int) -> tuple[float, list[float]]:
     """Seconds of the loop itself (no imports), and images/s of each epoch's training."""
     command = [sys.executable, __file__, "textbook", str(root), str(epochs)]
@@ -67,9 +101,10 @@ def run_textbook(root: Path, epochs: int) -> tuple[float, list[float]]:
     return result["seconds"], result["rates"]
 
 
-def run_ours(store: Path, epochs: int) -> tuple[float, list[float]]:
+def run_ours(store: Path, epochs: int, *options: str) -> tuple[float, list[float]]:
     """Seconds of the whole command, from process start to published report, and images/s of each epoch."""
     command = [str(Path(sys.executable).with_name("lenet")), "train", "--epochs", str(epochs), "--storage", str(store)]
+    command += options
     started = time.perf_counter()
     subprocess.run(command, check=True, capture_output=True)
     wall = time.perf_counter() - started
@@ -83,6 +118,9 @@ def table(measured: dict[str, list[float]], rounds: int, epochs: int) -> str:
     speed = [ours / theirs for ours, theirs in zip(measured["ours_rate"], measured["textbook_rate"], strict=True)]
     whole = [ours / theirs for ours, theirs in zip(measured["ours_wall"], measured["textbook_wall"], strict=True)]
 
+    def ratio(name: str) -> list[float]:
+        return [ours / theirs for ours, theirs in zip(measured["ours_rate"], measured[name], strict=True)]
+
     def row(name: str, values: list[float], digits: int) -> str:
         low, middle, high = min(values), statistics.median(values), max(values)
         return f"| {name} | {middle:,.{digits}f} | {low:,.{digits}f} to {high:,.{digits}f} |"
@@ -95,13 +133,21 @@ Written by `make bench`: {rounds} rounds, each the textbook loop and then `lenet
 
 The textbook loop is torchvision's Fashion-MNIST with ToTensor and a DataLoader with two processes
 ([tests/bench/textbook.py](../tests/bench/textbook.py)), timed without its imports. `lenet train` is timed from process
-start to published report: Prefect, Ray, download check, sharding, {epochs} epochs, evaluation and publishing.
+start to published report: Prefect, Ray, download check, sharding, {epochs} epochs, evaluation and publishing. Ray
+Train's way is its own Fashion-MNIST example with this LeNet: `prepare_data_loader`, `prepare_model`, two workers. The
+matrix product is torch's of 2048 x 2048 float32 on all cores; training takes 2.4 million operations for each image.
 
 | n = {rounds} | median | range |
 | --- | --- | --- |
 {row("textbook loop, images/s while training", measured["textbook_rate"], 0)}
 {row("lenet train, images/s while training", measured["ours_rate"], 0)}
 {row("ratio of the two (higher is better)", speed, 2)}
+{row("Ray Train's way, two workers, images/s", measured["rays_rate"], 0)}
+{row("lenet train over Ray Train's way", ratio("rays_rate"), 2)}
+{row("lenet train with one worker, images/s", measured["one_rate"], 0)}
+{row("two workers over one", ratio("one_rate"), 2)}
+{row("what the matrix product would allow, images/s", measured["roofline"], 0)}
+{row("lenet train over that", ratio("roofline"), 2)}
 {row(f"textbook loop, {epochs} epochs, s", measured["textbook_wall"], 1)}
 {row("lenet train, everything, s", measured["ours_wall"], 1)}
 {row("ratio of the two (lower is better)", whole, 2)}
