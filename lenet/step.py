@@ -89,7 +89,9 @@ class PlainGradient(Gradient):
     def __call__(self, images: Tensor, labels: Tensor, *, global_batch: int) -> Tensor:
         labels = labels.long()
         with torch.autocast(images.device.type, torch.bfloat16, self.bfloat16, cache_enabled=False):
-            logits = self.model(normalise(images)).float()
+            logits = self.model(normalise(images))
+        if self.bfloat16:
+            logits = logits.float()  # a loss of 8 bits would be no loss to compare
         loss_sum = F.cross_entropy(logits, labels, reduction="sum")
         smoothed = loss_sum
         if self.label_smoothing:

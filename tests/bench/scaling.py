@@ -115,9 +115,9 @@ workers on one machine, where {cores} can work at a time. For 60 thousand to 6 m
 ## What a network of 10 Gbit/s would make of it
 
 Not measured, but computed: one core on each machine, the time of its slice as measured in one process here, and a
-ring's time for {GRADIENT_BYTES / 1e3:.0f} KB of gradients with {LATENCY_S * 1e6:.0f} microseconds a message. LeNet is so
-small that messages, not bytes, set the limit: with 64 workers they take {ring_seconds(64) * 1e3:.1f} ms, as long as one
-worker's gradient of {min(sizes, key=lambda size: abs(compute[size] - ring_seconds(64)))} images.
+ring's time for {GRADIENT_BYTES / 1e3:.0f} KB of gradients with {LATENCY_S * 1e6:.0f} microseconds a message. LeNet is
+so small that messages, not bytes, set the limit: with 64 workers they take {ring_seconds(64) * 1e3:.1f} ms, as long as
+one worker's gradient of {min(sizes, key=lambda size: abs(compute[size] - ring_seconds(64)))} images.
 
 | global batch | {" | ".join(map(str, FAR))} |
 | --- |{" --- |" * len(FAR)}

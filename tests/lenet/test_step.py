@@ -126,6 +126,21 @@ def test_a_gradient_comes_with_the_counts_of_its_batch(
     torch.testing.assert_close(counts, evaluate_step(model, images, labels), rtol=1e-6, atol=0)
 
 
+def test_a_gradient_in_bfloat16_is_the_float32_one_to_two_digits(images: Tensor, labels: Tensor) -> None:
+    exact, rough = fresh_model(), fresh_model()
+    flat, rough_flat = flatten(exact), flatten(rough)
+    counts = PlainGradient(exact, flat)(images, labels, global_batch=200)
+    gradient = open_gradient(rough, rough_flat, bfloat16=True)
+    rough_counts = gradient(images, labels, global_batch=200)
+    assert flat.grad is not None
+    assert rough_flat.grad is not None
+    assert rough_flat.dtype == torch.float32
+    error = (rough_flat.grad - flat.grad).norm() / flat.grad.norm()
+    assert 1e-5 < error < 0.03  # 8 bits are 0.004; none would mean that it was float32
+    torch.testing.assert_close(rough_counts[0], counts[0], rtol=0.01, atol=0)
+    assert rough_counts[2] == 200
+
+
 def test_metrics_of_nothing_are_refused() -> None:
     with pytest.raises(ValueError, match="no image was counted"):
         metrics_of(no_counts())
