@@ -1,6 +1,7 @@
 """What a person sees in the terminal: the steps as they finish, and the curves as they grow."""
 
 import logging
+from datetime import timedelta
 from types import TracebackType
 from typing import Self
 
@@ -11,8 +12,9 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.checkpoint import EpochMetrics, History
+from pipeline.progress import Now
 
-LOGGERS = ("pipeline", "flows")
+LOGGERS = ("pipeline", "flows", "now")
 CHART_SIZE = (76, 16)  # columns and rows
 TABLE_EPOCHS = 12
 
@@ -27,6 +29,7 @@ class Display(logging.Handler):
         super().__init__(logging.INFO)
         self.console = console
         self.history: History = []
+        self.line = Text()
         self.live = Live(console=console, transient=True, auto_refresh=False)
 
     def __enter__(self) -> Self:
@@ -48,13 +51,30 @@ class Display(logging.Handler):
             logging.getLogger(name).propagate = True
 
     def emit(self, record: logging.LogRecord) -> None:
-        epoch = getattr(record, "epoch", None)
-        if isinstance(epoch, EpochMetrics) and self.console.is_terminal:
-            self.history.append(epoch)
-            self.live.update(draw(self.history, record.__dict__["epochs"]), refresh=True)
-        else:
-            step = record.name.rpartition(".")[2]
-            self.console.print(Text.assemble((f"{step:>10}  ", "cyan"), record.getMessage()), soft_wrap=True)
+        match record.__dict__:
+            case {"now": Now() as now, "epochs": epochs, "images": images}:
+                self.line = describe(now, epochs, images)
+                self._draw(epochs)
+            case {"epoch": EpochMetrics() as epoch, "epochs": epochs} if self.console.is_terminal:
+                self.history.append(epoch)
+                self._draw(epochs)
+            case _:
+                step = record.name.rpartition(".")[2]
+                self.console.print(Text.assemble((f"{step:>10}  ", "cyan"), record.getMessage()), soft_wrap=True)
+
+    def _draw(self, epochs: int) -> None:
+        if self.console.is_terminal:
+            parts = [draw(self.history, epochs)] if self.history else []
+            self.live.update(Group(*parts, self.line), refresh=True)
+
+
+def describe(now: Now, epochs: int, images: int) -> Text:
+    """One line: where training is, how fast, how good so far, and how long it will take."""
+    left = timedelta(seconds=round(now.seconds_left(epochs, images)))
+    return Text(
+        f"epoch {now.epoch}/{epochs} · step {now.step}/{now.steps} · {now.images_per_second:,.0f} images/s · "
+        f"loss {now.loss:.4f} · accuracy {now.accuracy:.4f} · {left} left"
+    )
 
 
 def draw(history: History, epochs: int) -> Group:

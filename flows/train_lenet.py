@@ -21,6 +21,7 @@ from pipeline import run
 from pipeline.checkpoint import EpochMetrics
 from pipeline.errors import ConfigError, DataError, TrainingError
 from pipeline.evaluate import Evaluation
+from pipeline.progress import Now
 from pipeline.publish import Published
 from pipeline.report import render_summary
 from pipeline.run import RunConfig
@@ -29,6 +30,8 @@ from pipeline.train import Training
 
 # By its full name: a deployment loads this file under a name that Prefect makes up.
 log = logging.getLogger("flows.train")
+# For a display in this process; too much for Prefect's log, which does not listen to it.
+now_log = logging.getLogger("now")
 
 
 def _may_pass(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:
@@ -75,7 +78,10 @@ def train(config: RunConfig, manifest: Manifest) -> Training:
         log.info("epoch %d of %d: %s", epoch.epoch, epochs, epoch, extra={"epoch": epoch, "epochs": epochs})
         update_progress_artifact(artifact, progress=100 * epoch.epoch / epochs)
 
-    return run.train(config, manifest, on_epoch)
+    def on_now(now: Now) -> None:
+        now_log.info("%s", now, extra={"now": now, "epochs": epochs, "images": manifest.rows("train")})
+
+    return run.train(config, manifest, on_epoch, on_now)
 
 
 @task(**STEP, timeout_seconds=HOUR, cache_key_fn=_outcome("evaluate"))
@@ -105,7 +111,7 @@ def _run_id(parameters: dict[str, Any]) -> str:
 @with_parameters(RunConfig, lambda field, text: Annotated[field.annotation, field])
 def train_lenet(**parameters: Any) -> Published:
     """Download a dataset, shard it to Parquet, train LeNet on Ray, evaluate it and publish model and report."""
-    for name in ("pipeline", "flows"):
+    for name in ("pipeline", "flows", "now"):
         logging.getLogger(name).setLevel(logging.INFO)
     config = run.begin(run.config_of(parameters), _run_id(parameters))
     source = download(config)

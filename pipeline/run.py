@@ -32,7 +32,7 @@ from pipeline.sharding import ShardConfig, dataset_folder, run_in_threads, write
 from pipeline.shards import Manifest, find_manifest, require_manifest, verify_shards
 from pipeline.source import open_source
 from pipeline.storage import StorageConfig, Store, open_store, sha256
-from pipeline.train import OnEpoch, Training, staging
+from pipeline.train import OnEpoch, OnNow, Training, staging
 
 if TYPE_CHECKING:
     from pipeline.tune import Tuned
@@ -193,9 +193,10 @@ def ray_ahead(config: RunConfig) -> contextlib.AbstractContextManager[None]:
     return pipeline.cluster.ray_ahead(config)
 
 
-def train(config: RunConfig, manifest: Manifest, on_epoch: OnEpoch) -> Training:
-    """Train the candidate; `on_epoch` hears of every epoch."""
-    return pipeline.train.fit(open_store(config.storage), _run_id(config), manifest, config, config, config, on_epoch)
+def train(config: RunConfig, manifest: Manifest, on_epoch: OnEpoch, on_now: OnNow) -> Training:
+    """Train the candidate; `on_epoch` hears of every epoch, `on_now` of how far one is."""
+    store, run_id = open_store(config.storage), _run_id(config)
+    return pipeline.train.fit(store, run_id, manifest, config, config, config, on_epoch, on_now)
 
 
 def evaluate(config: RunConfig, manifest: Manifest, training: Training) -> Evaluation:

@@ -8,11 +8,11 @@ from pydantic import BaseModel, ConfigDict
 
 from pipeline.checkpoint import EpochMetrics
 from pipeline.errors import DataError
+from pipeline.progress import ENDED, PROGRESS
 from pipeline.publish import find_run, run_folder
 from pipeline.report import Report
 from pipeline.run import RunRecord
 from pipeline.storage import Store
-from pipeline.train import ENDED, PROGRESS
 
 State = Literal["begun", "training", "ended", "trained", "evaluated", "published"]
 

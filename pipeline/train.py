@@ -1,7 +1,6 @@
 """Data-parallel training with Ray Train, from a dataset in the store to a candidate model in the store."""
 
 import contextlib
-import contextvars
 import json
 import logging
 import signal
@@ -19,19 +18,19 @@ from pydantic import BaseModel, ConfigDict
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
-from ray.util.metrics import Gauge
 from torch import Tensor
 
 from lenet.model import LeNet, fold_standardise
 from pipeline.checkpoint import FILE_NAME, EpochMetrics, History, Position, encode_model, read_state
 from pipeline.cluster import ClusterConfig, ray_session
 from pipeline.collective import PATIENCE_S
-from pipeline.errors import StorageError, Terminated, TrainingError
+from pipeline.errors import Terminated, TrainingError
 from pipeline.loader import LoadConfig, choose_loading
+from pipeline.progress import ENDED, Now, WriteProgress, followed
 from pipeline.recipe import TrainConfig
 from pipeline.shards import Manifest
 from pipeline.storage import Store, sha256
-from pipeline.worker import Job, train_worker
+from pipeline.worker import RAY_FOLDER, Job, train_worker
 
 log = logging.getLogger(__name__)
 
@@ -39,23 +38,10 @@ log = logging.getLogger(__name__)
 MAX_FAILURES = 3
 CHECKPOINTS_KEPT = 2
 RESIZE_S = 10  # how often to look whether the cluster has room for more workers, if more are wanted
-RAY_FOLDER = "ray"
-PROGRESS = "progress"  # folder with the metrics of each epoch
-ENDED = "ended.json"  # what training said when it ended before its last epoch
 MIB = 2**20
-# Of EpochMetrics, as lenet_<name>.
-GAUGES = (
-    "epoch",
-    "train_loss",
-    "train_accuracy",
-    "held_out_loss",
-    "held_out_accuracy",
-    "images_per_second",
-    "world_size",
-)
-PROGRESS_POLL_S = 0.5
 
 OnEpoch = Callable[[EpochMetrics], None]
+OnNow = Callable[[Now], None]
 
 
 class Training(BaseModel):
@@ -92,10 +78,12 @@ def fit(
     cluster: ClusterConfig,
     load: LoadConfig,
     on_epoch: OnEpoch = lambda epoch: None,
+    on_now: OnNow = lambda now: None,
 ) -> Training:
     """Train to the last epoch, from the run's last checkpoint if it has one, and store the candidate's weights.
 
-    `on_epoch` is called in this process soon after each epoch, for restored epochs too. Raises ConfigError or
+    `on_epoch` is called in this process soon after each epoch, for restored epochs too, and `on_now` every
+    two seconds. Raises ConfigError or
     ClusterError when the workers cannot be had, StorageError or TrainingError when training fails for good, Terminated
     when SIGTERM has ended it, with a checkpoint, on a local Ray.
     """
@@ -105,7 +93,7 @@ def fit(
     with ray_session(cluster) as gpu, _stop_file(cluster) as stop_file:
         job = Job(
             store_url=store.url,
-            checkpoints=f"{staging(run_id)}/{RAY_FOLDER}",
+            folder=staging(run_id),
             manifest=manifest,
             recipe=config.resolved(),
             seed=config.seed,
@@ -121,7 +109,7 @@ def fit(
             manifest.pixel_bytes("train") / MIB,
             "resident in each" if job.loading == "resident" else "streamed",
         )
-        with _progress(store, run_id, on_epoch):
+        with followed(store, staging(run_id), on_epoch, on_now):
             weights, position = _run_workers(store, run_id, job, cluster, gpu)
         if position.epoch <= job.recipe.epochs:
             raise _unfinished(store, run_id, job, position)
@@ -166,7 +154,7 @@ def _run_workers(
             storage_filesystem=store.arrow,
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=CHECKPOINTS_KEPT),
             failure_config=ray.train.FailureConfig(max_failures=MAX_FAILURES),
-            callbacks=[_WriteProgress(store, run_id)],  # type: ignore[list-item]
+            callbacks=[WriteProgress(store, staging(run_id))],  # type: ignore[list-item]
         ),
     )
     interrupt = signal.getsignal(signal.SIGINT)
@@ -244,61 +232,6 @@ class _LeanTrainer(TorchTrainer):
             idle += (PlacementGroupCleanerCallback,)
         callbacks = super()._create_default_callbacks()  # type: ignore[misc]
         return [callback for callback in callbacks if not isinstance(callback, idle)]
-
-
-class _WriteProgress(ray.train.UserCallback):
-    """Runs in Ray Train's controller: leaves each epoch's metrics in the store, where any process can follow them, and
-    among Ray's own, for its dashboard and Prometheus."""
-
-    def __init__(self, store: Store, run_id: str) -> None:
-        self.store = store
-        self.run_id = run_id
-        self.gauges: dict[str, Gauge] = {}
-
-    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
-        if checkpoint is None:
-            self.store.put(f"{staging(self.run_id)}/{ENDED}", json.dumps(metrics[0]).encode())
-            return
-        if "step" in metrics[0]:
-            return  # the epoch is not over
-        epoch = EpochMetrics.model_validate(metrics[0])
-        self.store.put(f"{staging(self.run_id)}/{PROGRESS}/{epoch.epoch:05d}.json", epoch.model_dump_json().encode())
-        for name in GAUGES:
-            gauge = self.gauges.setdefault(name, Gauge(f"lenet_{name}", tag_keys=("run_id",)))
-            gauge.set(getattr(epoch, name), tags={"run_id": self.run_id})
-
-
-@contextlib.contextmanager
-def _progress(store: Store, run_id: str, on_epoch: OnEpoch) -> Iterator[None]:
-    """Call `on_epoch` for every epoch in the progress folder, those that come while the block runs included."""
-    ended = threading.Event()
-    seen: set[str] = set()
-
-    def catch_up() -> None:
-        for key in store.keys(f"{staging(run_id)}/{PROGRESS}"):
-            if key not in seen and key.endswith(".json"):
-                seen.add(key)
-                epoch = EpochMetrics.model_validate_json(store.read(key))
-                try:
-                    on_epoch(epoch)
-                except Exception:  # whoever looks on does not stop the training
-                    log.warning("epoch %d could not be shown", epoch.epoch, exc_info=True)
-
-    def follow() -> None:
-        while not ended.wait(PROGRESS_POLL_S):
-            with contextlib.suppress(StorageError):  # the next look may succeed, and training reports its own
-                catch_up()
-
-    # on_epoch runs in the caller's context, where Prefect keeps the current task.
-    context = contextvars.copy_context()
-    thread = threading.Thread(target=context.run, args=(follow,), name="progress", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
-    catch_up()
 
 
 def _cause(error: BaseException) -> str:

@@ -28,6 +28,7 @@ from pipeline.collective import Sum, open_sum
 from pipeline.errors import DataError
 from pipeline.loader import Loader, Loading, Place, open_loader
 from pipeline.order import share
+from pipeline.progress import Teller
 from pipeline.shards import Manifest, read_rows
 from pipeline.storage import open_store
 
@@ -35,6 +36,7 @@ log = logging.getLogger(__name__)
 
 EVALUATION_BATCH = 1000
 REPORTS_UNDER_WAY = 2
+RAY_FOLDER = "ray"
 MIB = 2**20
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -2, -3, -8  # of malloc.h
 
@@ -50,12 +52,11 @@ GPU_STEPS_BETWEEN_LISTENING = 50
 class Job:
     """All a worker needs to know; the same for every rank.
 
-    `checkpoints` is the folder in the store that Ray Train keeps them in. When `stop_file` appears, if it is given,
-    training ends with a checkpoint.
+    `folder` is the run's own in the store. When `stop_file` appears, if it is given, training ends with a checkpoint.
     """
 
     store_url: str
-    checkpoints: str
+    folder: str
     manifest: Manifest
     recipe: Recipe
     seed: int
@@ -63,6 +64,11 @@ class Job:
     checkpoint_steps: int | None
     checkpoint_seconds: float
     stop_file: Path | None
+
+    @property
+    def checkpoints(self) -> str:
+        """Key of the folder that Ray Train keeps checkpoints in."""
+        return f"{self.folder}/{RAY_FOLDER}"
 
 
 @dataclass(frozen=True)
@@ -85,6 +91,7 @@ class Session:
     optimization: Optimization
     loader: Loader
     watch: "Watch"
+    teller: Teller
 
 
 class Watch:
@@ -170,6 +177,7 @@ def _begin(job: Job) -> tuple[Session, Position]:
         optimization,
         open_loader(job.loading, place),
         Watch(job, place),
+        Teller(place.store, job.folder, place.steps, place.world_size),
     )
     return session, _restore(session)
 
@@ -208,6 +216,8 @@ def _train_epoch(session: Session, position: Position) -> Tensor:
         if math.isnan(wish):
             raise Ended({"diverged": {"epoch": position.epoch, "step": step, "ranks": _blame(place, counts[0])}})
         session.optimization.step(before + step - 1)
+        if place.rank == 0:
+            session.teller.tell(position.epoch, step, counts, time.perf_counter() - started)
         due = job.checkpoint_steps is not None and step % job.checkpoint_steps == 0
         if (wish or due) and step < place.steps:
             position.step, position.seconds = step, time.perf_counter() - started

@@ -74,3 +74,29 @@ def test_layers_prints_the_table_with_its_total(capsys: pytest.CaptureFixture[st
 def test_a_mistake_leaves_no_store_behind(tmp_path: Path) -> None:
     assert lenet("train", "--workers", "1000", "--storage", str(tmp_path / "store")) == 2
     assert not (tmp_path / "store").exists()
+
+
+def test_a_store_without_runs_says_so(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert lenet("runs", "--storage", str(tmp_path)) == 0
+    assert capsys.readouterr().out == f"no run yet: {tmp_path.as_uri()}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message", "exit_code"),
+    [
+        ("tune --trials 0", "trials=0: it should be greater than or equal to 1; use a number from 1 to 10000", 2),
+        ("tune --vary colour", 'Invalid value "colour" for --vary', 2),
+        ("tune --output tuned.yaml", "output='tuned.yaml': String should match pattern", 2),
+        ("tune --output /nowhere/tuned.json", "output='/nowhere/tuned.json': its folder is not there; name a file", 2),
+        ("tune --validation-fraction 0", "validation_fraction=0.0: it should be greater than 0; use a number", 2),
+        ("runs compare one other", "", 1),
+    ],
+)
+def test_a_mistake_in_another_command_costs_a_line_too(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, arguments: str, message: str, exit_code: int
+) -> None:
+    assert lenet(*arguments.split(), "--storage", str(tmp_path)) == exit_code
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert captured.err.startswith(f"lenet: {message}")

@@ -8,6 +8,7 @@ from rich.console import Console
 
 from flows.display import Display
 from pipeline.checkpoint import EpochMetrics
+from pipeline.progress import Now
 
 
 @pytest.fixture(params=[True, False], ids=["terminal", "file"])
@@ -18,9 +19,12 @@ def console(request: pytest.FixtureRequest) -> Console:
 def shown(console: Console) -> str:
     """All that was written while two of three epochs went by."""
     log = logging.getLogger("flows.train")
-    log.setLevel(logging.INFO)
+    for name in ("flows.train", "now"):
+        logging.getLogger(name).setLevel(logging.INFO)
     with Display(console):
         logging.getLogger("pipeline.shards").warning("16 shards %s", "verified")
+        now = Now(epoch=1, step=60, steps=240, loss=2.1, accuracy=0.25, images_per_second=1000.0)
+        logging.getLogger("now").info("%s", now, extra={"now": now, "epochs": 3, "images": 60_000})
         for number in (1, 2):
             epoch = EpochMetrics(epoch=number, train_loss=2 / number, train_accuracy=0.4, held_out_loss=1.0,
                                  held_out_accuracy=0.35, seconds=2.0, images_per_second=30_000.0,
@@ -38,6 +42,7 @@ def test_epochs_are_drawn_in_a_terminal_and_listed_elsewhere(console: Console) -
         assert "2/3    1.0000      0.4000          0.3500         30,000" in text
         assert "test accuracy" in text
         assert "⠤" in text  # a curve
+        assert "epoch 1/3 · step 60/240 · 1,000 images/s · loss 2.1000 · accuracy 0.2500 · 0:02:45 left" in text
     else:
         assert text.splitlines()[1:] == [
             "     train  epoch 1 of 3: train loss 2.0000, train accuracy 0.4000, test accuracy 0.3500, 30,000 images/s",
@@ -47,6 +52,6 @@ def test_epochs_are_drawn_in_a_terminal_and_listed_elsewhere(console: Console) -
 
 def test_no_handler_stays_behind(console: Console) -> None:
     shown(console)
-    for name in ("pipeline", "flows"):
+    for name in ("pipeline", "flows", "now"):
         assert not [handler for handler in logging.getLogger(name).handlers if isinstance(handler, Display)]
         assert logging.getLogger(name).propagate

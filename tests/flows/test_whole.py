@@ -203,6 +203,12 @@ def test_ctrl_c_leaves_nothing_and_the_same_run_id_goes_on_to_a_published_report
     assert [epoch.epoch for epoch in training.history] == [1, 2, 3]
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.parquet")} == shards
     wait_for(lambda: not command.processes(), 20)
+    listed = subprocess.run(
+        [BIN / "lenet", "runs", "--storage", command.storage], capture_output=True, text=True, check=True
+    )
+    run_id, state, dataset, recipe, epochs, _, accuracy, *_ = listed.stdout.splitlines()[-1].split()
+    assert (run_id, state, dataset, recipe, epochs) == ("r", "published", "fashion-mnist", "seed", "3/3")
+    assert accuracy == f"{manifest.accuracy:.4f}"
 
 
 def test_a_damaged_shard_stops_the_command_with_one_line(tmp_path: Path) -> None:

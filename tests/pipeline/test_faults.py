@@ -19,13 +19,14 @@ from ray.cluster_utils import Cluster
 from pipeline.checkpoint import FILE_NAME, EpochMetrics, decode_model, read_state
 from pipeline.cluster import ClusterConfig
 from pipeline.errors import ClusterError, ConfigError
-from pipeline.loader import LoadConfig
+from pipeline.loader import LoadConfig, Place, ResidentLoader
 from pipeline.recipe import TrainConfig
 from pipeline.sharding import ShardConfig, write_shards
 from pipeline.shards import Manifest
 from pipeline.source import Source
 from pipeline.storage import Store, open_store
 from pipeline.train import Training, find_training, fit, staging
+from pipeline.worker import open_learner
 
 # Long enough to be disturbed, and so gentle that float32's rounding does not grow.
 EPOCHS = 60
@@ -64,17 +65,31 @@ def cluster() -> Iterator[Cluster]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(store: Store, manifest: Manifest) -> Training:
-    """The same training on one worker of a local Ray, to which nothing happens."""
-    ray.shutdown()
-    return fit(store, "undisturbed", manifest, RUN, ClusterConfig(workers=1, gpu="no"), LoadConfig())
+def undisturbed() -> Callable[[Manifest, Store, TrainConfig], dict[str, torch.Tensor]]:
+    """Function that gives the weights after the same training in this process alone, to which nothing happens."""
+
+    def train(manifest: Manifest, store: Store, config: TrainConfig) -> dict[str, torch.Tensor]:
+        recipe, device = config.resolved(), torch.device("cpu")
+        place = Place(store, manifest, "train", config.seed, recipe.global_batch_size, 0, 1, device)
+        model, gradient, optimization = open_learner(recipe, manifest, config.seed, device, place.steps)
+        loader = ResidentLoader(place)
+        for epoch in range(1, recipe.epochs + 1):
+            for batch in loader.batches(epoch):
+                gradient(batch.images, batch.labels, global_batch=batch.size)
+                optimization.step(0)
+        return model.state_dict()
+
+    return train
 
 
-def assert_same(store: Store, one: Training, other: Training) -> None:
-    first, second = (decode_model(store.read(training.candidate)).state_dict() for training in (one, other))
-    for name in first:
-        torch.testing.assert_close(first[name], second[name], rtol=0, atol=TOLERANCE, msg=name)
-    assert [epoch.epoch for epoch in one.history] == [epoch.epoch for epoch in other.history]
+Undisturbed = Callable[[Manifest, Store, TrainConfig], dict[str, torch.Tensor]]
+
+
+def assert_same(store: Store, training: Training, expected: dict[str, torch.Tensor], epochs: int) -> None:
+    found = decode_model(store.read(training.candidate)).state_dict()
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name], rtol=0, atol=TOLERANCE, msg=name)
+    assert [epoch.epoch for epoch in training.history] == list(range(1, epochs + 1))
 
 
 def once_after(epochs: int, act: Callable[[], None]) -> tuple[WhenEpoch, list[Future[None]]]:
@@ -97,67 +112,66 @@ def positions(store: Store, run_id: str) -> list[tuple[int, int]]:
 
 
 def test_a_node_killed_in_mid_training_changes_nothing(
-    store: Store, manifest: Manifest, undisturbed: Training, cluster: Cluster
+    store: Store, manifest: Manifest, undisturbed: Undisturbed, cluster: Cluster
 ) -> None:
     def kill_one() -> None:
         cluster.add_node(num_cpus=1)
         # The second of the list: the first is the head, and it is the workers' nodes that fail.
         cluster.remove_node(cluster.list_all_nodes()[1], allow_graceful=False)
 
-    on_epoch, acted = once_after(10, kill_one)
+    on_epoch, acted = once_after(5, kill_one)
     training = fit(store, "node-killed", manifest, RUN, TWO_ON_A_CLUSTER, LoadConfig(), on_epoch)
     [killed] = acted
     killed.result()
-    assert_same(store, training, undisturbed)
+    assert_same(store, training, undisturbed(manifest, store, RUN), EPOCHS)
 
 
-def test_a_node_about_to_go_is_left_with_a_checkpoint(store: Store, fashion_mnist: Source, cluster: Cluster) -> None:
+def test_a_node_about_to_go_is_left_with_a_checkpoint(
+    store: Store, fashion_mnist: Source, undisturbed: Undisturbed, cluster: Cluster
+) -> None:
     """What a cloud does with a spot machine: a notice, and soon after the end."""
     seen: list[tuple[int, int]] = []
 
     def drain_one() -> None:
         node = cluster.list_all_nodes()[1]
         cluster.add_node(num_cpus=1)
-        command = ["ray", "drain-node", "--address", cluster.address, "--node-id", node.node_id,
-                   "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot",
-                   "--deadline-remaining-seconds", "20"]  # fmt: skip
-        subprocess.run([sys.executable, "-m", "ray.scripts.scripts", *command[1:]], check=True, capture_output=True)
-        deadline = time.monotonic() + 15
+        command = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--address", cluster.address,
+                   "--node-id", node.node_id, "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot",
+                   "--deadline-remaining-seconds", "8"]  # fmt: skip
+        subprocess.run(command, check=True, capture_output=True)
+        deadline = time.monotonic() + 8
         while time.monotonic() < deadline:
             seen.extend(positions(store, "drained"))
             time.sleep(0.05)
 
     # Epochs of seconds, so that there are checkpoints in the middle of them.
     manifest = write_shards(store, fashion_mnist, ShardConfig())
-    config = TrainConfig(epochs=8)
+    config = TrainConfig(epochs=4, lr=0.1)
     on_epoch, acted = once_after(1, drain_one)
     training = fit(store, "drained", manifest, config, TWO_ON_A_CLUSTER, LoadConfig(), on_epoch)
     acted[0].result()
     assert [step for _, step in seen if step], "there was no checkpoint in mid-epoch"
-    spared = fit(store, "spared", manifest, config, TWO_ON_A_CLUSTER, LoadConfig())
-    assert_same(store, training, spared)
+    assert_same(store, training, undisturbed(manifest, store, config), 4)
 
 
 def test_a_range_of_workers_starts_with_those_there_is_room_for_and_grows(
-    store: Store, manifest: Manifest, undisturbed: Training, cluster: Cluster
+    store: Store, manifest: Manifest, undisturbed: Undisturbed, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("pipeline.train.RESIZE_S", 2)
     on_epoch, acted = once_after(5, lambda: cluster.add_node(num_cpus=1) and None)
-    config = RUN.model_copy(update={"epochs": 150})
     elastic = ClusterConfig(workers="2-3", gpu="no", ray_address="auto")
-
     sizes: list[int] = []
 
     def watch(epoch: EpochMetrics) -> None:
         on_epoch(epoch)
         sizes.append(epoch.world_size)
 
-    training = fit(store, "elastic", manifest, config, elastic, LoadConfig(), watch)
+    training = fit(store, "elastic", manifest, RUN, elastic, LoadConfig(), watch)
     [added] = acted
     added.result()
     assert (sizes[0], training.history[-1].world_size) == (2, 3)
     assert sizes == sorted(sizes)
-    fixed = fit(store, "fixed", manifest, config, ClusterConfig(workers=1, gpu="no", ray_address="auto"), LoadConfig())
-    assert_same(store, training, fixed)
+    assert_same(store, training, undisturbed(manifest, store, RUN), EPOCHS)
 
 
 def test_more_workers_than_there_is_room_for_are_refused_at_once(
@@ -171,7 +185,7 @@ def test_more_workers_than_there_is_room_for_are_refused_at_once(
 
 DRIVER = """
 from pipeline.cluster import ClusterConfig
-from pipeline.loader import LoadConfig
+from pipeline.loader import LoadConfig, Place, ResidentLoader
 from pipeline.recipe import TrainConfig
 from pipeline.shards import require_manifest
 from pipeline.storage import open_store
@@ -196,8 +210,10 @@ def wait_for(condition: Callable[[], Any], seconds: float) -> None:
         time.sleep(0.05)
 
 
-def test_sigterm_ends_training_with_a_checkpoint_in_mid_epoch(store: Store, manifest: Manifest) -> None:
-    config = RUN.model_copy(update={"epochs": 20, "global_batch_size": 1, "lr": 0.001})
+def test_sigterm_ends_training_with_a_checkpoint_in_mid_epoch(
+    store: Store, manifest: Manifest, undisturbed: Undisturbed
+) -> None:
+    config = RUN.model_copy(update={"epochs": 12, "global_batch_size": 1, "lr": 0.001})
     driver = start_driver(store, "terminated", manifest, config)
     wait_for(lambda: store.exists(f"{staging('terminated')}/progress/00002.json"), 120)
     driver.send_signal(signal.SIGTERM)
@@ -209,12 +225,11 @@ def test_sigterm_ends_training_with_a_checkpoint_in_mid_epoch(store: Store, mani
     assert epoch > 2
     assert 0 < step < 600
     training = fit(store, "terminated", manifest, config, ClusterConfig(workers=1, gpu="no"), LoadConfig())
-    spared = fit(store, "not-terminated", manifest, config, ClusterConfig(workers=1, gpu="no"), LoadConfig())
-    assert_same(store, training, spared)
+    assert_same(store, training, undisturbed(manifest, store, config), 12)
 
 
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
-    store: Store, manifest: Manifest, undisturbed: Training
+    store: Store, manifest: Manifest, undisturbed: Undisturbed
 ) -> None:
     driver = start_driver(store, "damaged", manifest, RUN)
     wait_for(lambda: store.exists(f"{staging('damaged')}/progress/00010.json"), 120)
@@ -227,4 +242,4 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
     data[len(data) // 2] ^= 1
     newest.write_bytes(data)
     training = fit(store, "damaged", manifest, RUN, ClusterConfig(workers=2, gpu="no"), LoadConfig())
-    assert_same(store, training, undisturbed)
+    assert_same(store, training, undisturbed(manifest, store, RUN), EPOCHS)

@@ -218,42 +218,6 @@ def test_a_worker_killed_in_epoch_2_changes_nothing(
         assert torch.equal(value, undisturbed[name]), name
 
 
-def test_a_driver_killed_in_epoch_2_is_followed_by_one_that_finishes(
-    tmp_path: Path, small_manifest: Callable[[Store], Manifest]
-) -> None:
-    store = open_store(str(tmp_path))
-    manifest = small_manifest(store)
-    script = f"""
-from pipeline.cluster import ClusterConfig
-from pipeline.shards import require_manifest
-from pipeline.storage import open_store
-from pipeline.loader import LoadConfig
-from pipeline.recipe import TrainConfig
-from pipeline.train import fit
-store = open_store({str(tmp_path)!r})
-fit(store, "r", require_manifest(store, {manifest.folder!r}), TrainConfig(epochs=2000, global_batch_size=64),
-    ClusterConfig(workers=2, cpus_per_worker=0.5, gpu="no"), LoadConfig())
-"""
-    marker = f"LENET_TEST={tmp_path}"
-    driver = subprocess.Popen([sys.executable, "-c", script], env={**os.environ, "LENET_TEST": str(tmp_path)})
-    wait_for(lambda: store.exists(f"{staging('r')}/progress/00001.json"), 120)
-    driver.kill()
-    driver.wait()
-    assert find_training(store, "r") is None
-    wait_for(lambda: not processes_with(marker), 60)  # a local Ray goes with its driver
-
-    done = len(store.keys(f"{staging('r')}/progress"))
-    epochs: list[int] = []
-    config = TrainConfig(epochs=done + 5, global_batch_size=64)
-    training = fit(
-        store, "r", manifest, config, ClusterConfig(workers=2, gpu="no"), LoadConfig(), lambda e: epochs.append(e.epoch)
-    )
-    assert [epoch.epoch for epoch in training.history] == list(range(1, done + 6))
-    assert epochs == list(range(1, done + 6))
-    spared = fit(store, "spared", manifest, config, ClusterConfig(workers=2, gpu="no"), LoadConfig())
-    assert spared.candidate_sha256 == training.candidate_sha256
-
-
 def test_standardised_training_gives_a_model_for_plain_pixels(
     small_store: Store, manifest: Manifest, small_splits: Splits
 ) -> None:

@@ -1,0 +1,154 @@
+"""What a training says while it goes on: left in the run's folder by its processes, followed there by whoever looks on.
+
+<folder>/progress/<epoch>.json    the metrics of each epoch, by Ray Train's controller
+<folder>/now.json                 how far the epoch is, by rank 0, every two seconds
+<folder>/ended.json               why training ended before its last epoch
+"""
+
+import contextlib
+import contextvars
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import ray.train
+from pydantic import BaseModel, ConfigDict
+from ray.util.metrics import Gauge
+from torch import Tensor
+
+from pipeline.checkpoint import EpochMetrics
+from pipeline.errors import StorageError
+from pipeline.storage import Store
+
+log = logging.getLogger(__name__)
+
+PROGRESS = "progress"
+NOW = "now.json"
+ENDED = "ended.json"
+POLL_S = 0.5
+TELL_S = 2
+# Of EpochMetrics, as lenet_<name> among Ray's metrics.
+GAUGES = (
+    "epoch",
+    "train_loss",
+    "train_accuracy",
+    "held_out_loss",
+    "held_out_accuracy",
+    "images_per_second",
+    "world_size",
+)
+
+
+class Now(BaseModel):
+    """How far an epoch is: `step` of `steps` are done. Loss and accuracy so far are of rank 0's slices, which are a
+    random part of all; images/s are of all ranks."""
+
+    model_config = ConfigDict(frozen=True)
+
+    epoch: int
+    step: int
+    steps: int
+    loss: float
+    accuracy: float
+    images_per_second: float
+
+    def seconds_left(self, epochs: int, images: float) -> float:
+        """Until the last of so many epochs, of so many images each, is over at this pace."""
+        return ((epochs - self.epoch) + 1 - self.step / self.steps) * images / self.images_per_second
+
+
+class Teller:
+    """Leaves `Now` every two seconds, without keeping the training waiting."""
+
+    def __init__(self, store: Store, folder: str, steps: int, world_size: int) -> None:
+        self.store, self.key, self.steps, self.world_size = store, f"{folder}/{NOW}", steps, world_size
+        self.told_at = time.monotonic()
+        self.pool = ThreadPoolExecutor(1, "teller")
+        self.telling: Future[None] | None = None
+
+    def tell(self, epoch: int, step: int, counts: Tensor, seconds: float) -> None:
+        """After a step, with this rank's counts float64 (3,) and the seconds of the epoch so far."""
+        if time.monotonic() - self.told_at < TELL_S or (self.telling and not self.telling.done()):
+            return
+        self.told_at = time.monotonic()
+        loss, correct, images = counts.tolist()
+        now = Now(
+            epoch=epoch,
+            step=step,
+            steps=self.steps,
+            loss=loss / images,
+            accuracy=correct / images,
+            images_per_second=images * self.world_size / seconds,
+        )
+        self.telling = self.pool.submit(self.store.put, self.key, now.model_dump_json().encode())
+
+
+class WriteProgress(ray.train.UserCallback):
+    """Runs in Ray Train's controller: leaves each epoch's metrics in the store, where any process can follow them, and
+    among Ray's own, for its dashboard and Prometheus."""
+
+    def __init__(self, store: Store, folder: str) -> None:
+        self.store, self.folder = store, folder
+        self.gauges: dict[str, Gauge] = {}
+
+    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+        if checkpoint is None:
+            self.store.put(f"{self.folder}/{ENDED}", json.dumps(metrics[0]).encode())
+            return
+        if "step" in metrics[0]:
+            return  # the epoch is not over
+        epoch = EpochMetrics.model_validate(metrics[0])
+        self.store.put(f"{self.folder}/{PROGRESS}/{epoch.epoch:05d}.json", epoch.model_dump_json().encode())
+        for name in GAUGES:
+            gauge = self.gauges.setdefault(name, Gauge(f"lenet_{name}", tag_keys=("run",)))
+            gauge.set(getattr(epoch, name), tags={"run": self.folder.rpartition("/")[2]})
+
+
+@contextlib.contextmanager
+def followed(
+    store: Store, folder: str, on_epoch: Callable[[EpochMetrics], None], on_now: Callable[[Now], None]
+) -> Iterator[None]:
+    """Call `on_epoch` for every epoch, those that come while the block runs included, and `on_now` meanwhile."""
+    ended = threading.Event()
+    seen: set[str] = set()
+    last = b""
+
+    def catch_up() -> None:
+        for key in store.keys(f"{folder}/{PROGRESS}"):
+            if key not in seen and key.endswith(".json"):
+                seen.add(key)
+                _show(on_epoch, EpochMetrics.model_validate_json(store.read(key)))
+
+    def look() -> None:
+        nonlocal last
+        if store.exists(f"{folder}/{NOW}") and (now := store.read(f"{folder}/{NOW}")) != last:
+            last = now
+            _show(on_now, Now.model_validate_json(now))
+
+    def follow() -> None:
+        while not ended.wait(POLL_S):
+            with contextlib.suppress(StorageError):  # the next look may succeed, and training reports its own
+                catch_up()
+                look()
+
+    # Both are called in the caller's context, where Prefect keeps the current task.
+    context = contextvars.copy_context()
+    thread = threading.Thread(target=context.run, args=(follow,), name="progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+    catch_up()
+
+
+def _show(show: Callable[[Any], None], news: BaseModel) -> None:
+    try:
+        show(news)
+    except Exception:  # whoever looks on does not stop the training
+        log.warning("%r could not be shown", news, exc_info=True)
