@@ -64,14 +64,14 @@ class Now(BaseModel):
 class Teller:
     """Leaves `Now` every two seconds, without keeping the training waiting."""
 
-    def __init__(self, store: Store, folder: str, steps: int, world_size: int) -> None:
-        self.store, self.key, self.steps, self.world_size = store, f"{folder}/{NOW}", steps, world_size
+    def __init__(self, store: Store, folder: str, steps: int, global_batch_size: int) -> None:
+        self.store, self.key, self.steps, self.global_batch_size = store, f"{folder}/{NOW}", steps, global_batch_size
         self.told_at = time.monotonic()
         self.pool = ThreadPoolExecutor(1, "teller")
         self.telling: Future[None] | None = None
 
     def tell(self, epoch: int, step: int, counts: Tensor, seconds: float) -> None:
-        """After a step, with this rank's counts float64 (3,) and the seconds of the epoch so far."""
+        """After so many steps of an epoch, with rank 0's counts float64 (3,) and the seconds that the steps took."""
         if time.monotonic() - self.told_at < TELL_S or (self.telling and not self.telling.done()):
             return
         self.told_at = time.monotonic()
@@ -82,7 +82,7 @@ class Teller:
             steps=self.steps,
             loss=loss / images,
             accuracy=correct / images,
-            images_per_second=images * self.world_size / seconds,
+            images_per_second=step * self.global_batch_size / seconds,
         )
         self.telling = self.pool.submit(self.store.put, self.key, now.model_dump_json().encode())
 

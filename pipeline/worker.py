@@ -95,7 +95,7 @@ class Session:
 
 
 class Watch:
-    """What this rank wants to be done after the next step, and what has become of the loss."""
+    """What this rank says to the others: that a checkpoint is due, or the end, or that its loss is not finite."""
 
     def __init__(self, job: Job, place: Place) -> None:
         self.job, self.place = job, place
@@ -177,7 +177,7 @@ def _begin(job: Job) -> tuple[Session, Position]:
         optimization,
         open_loader(job.loading, place),
         Watch(job, place),
-        Teller(place.store, job.folder, place.steps, place.world_size),
+        Teller(place.store, job.folder, place.steps, place.global_batch_size),
     )
     return session, _restore(session)
 
