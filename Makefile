@@ -21,7 +21,7 @@ run: .venv/runs
 	@$(BIN)/lenet train $(ARGS)
 
 test: .venv/tests
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest $(ARGS)
 
 check: .venv/tests
 	$(BIN)/ruff check

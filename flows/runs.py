@@ -13,13 +13,14 @@ from pipeline.storage import open_store
 runs = App(name="runs", help="Runs: what state each is in, and how two differ.")
 
 Storage = Annotated[str, Parameter(help=str(RunConfig.model_fields["storage"].description))]
+PIPE_WIDTH = 240
 DEFAULT_STORAGE: str = RunConfig.model_fields["storage"].default
 
 
 @runs.default
 def show_runs(*, storage: Storage = DEFAULT_STORAGE) -> None:
     """List the runs, with how far each has come and its accuracy on the test images."""
-    store, console = open_store(storage), Console(highlight=False)
+    store, console = open_store(storage), _console()
     table = Table("run", "state", "dataset", "recipe", "epochs", "held out", "test", "finished", box=None)
     for run in list_runs(store):
         table.add_row(
@@ -46,4 +47,10 @@ def compare(first: str, second: str, *, storage: Storage = DEFAULT_STORAGE) -> N
     table = Table("", first, second, box=None)
     for difference in compare_runs(open_store(storage), first, second):
         table.add_row(difference.what, str(difference.first), str(difference.second))
-    Console(highlight=False).print(table if table.row_count else "the runs do not differ", soft_wrap=True)
+    _console().print(table if table.row_count else "the runs do not differ", soft_wrap=True)
+
+
+def _console() -> Console:
+    """As wide as the terminal; where there is none, wide enough that a run stays on its line."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=PIPE_WIDTH)

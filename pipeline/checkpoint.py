@@ -21,7 +21,7 @@ class EpochMetrics(BaseModel):
     """What one epoch gave: losses in nats per image, accuracies 0 to 1, all over the whole split.
 
     `held_out` names the split that is looked at after each epoch: validation, or test where there is no other.
-    `world_size` is that of the epoch's end.
+    `world_size` is that of the epoch's end; 0 in runs from before it was kept.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -34,7 +34,7 @@ class EpochMetrics(BaseModel):
     held_out_accuracy: float
     seconds: float
     images_per_second: float
-    world_size: int
+    world_size: int = 0
 
     def __str__(self) -> str:
         return (

@@ -15,13 +15,14 @@ from pipeline.storage import open_store
 @pytest.mark.parametrize(
     ("parameters", "message"),
     [
-        ({"recipe": "x"}, "recipe='x': no such recipe; use one of seed"),
+        ({"recipe": "x"}, "recipe='x': no such recipe; use one of seed, classic, modern, or a recipe's .json file"),
         ({"epochs": 0}, "epochs=0: it should be greater than or equal to 1; use a number from 1 to 10000"),
         ({"epochs": 10_001}, "epochs=10001: it should be less than or equal to 10000; use a number from 1 to 10000"),
         ({"global_batch_size": 0}, "global_batch_size=0: it should be greater than or equal to 1; "
                                    "use a number from 1 to 1000000"),
         ({"lr": 0}, "lr=0: it should be greater than 0; use a number above 0, up to 100"),
-        ({"workers": 0}, "workers=0: it should be greater than or equal to 1; use a number from 1 to 10000"),
+        ({"workers": 0}, "workers=0: it should be a number from 1 to 10000 or a range of them; "
+                         "use one like 2 or 2-8"),
         ({"shard_mib": 5000}, "shard_mib=5000: it should be less than or equal to 1024; "
                               "use a number above 0, up to 1024"),
         ({"scale": 1}, "scale=1: it should be less than 1; use a number from 0, below 1"),
