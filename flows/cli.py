@@ -14,6 +14,7 @@ from rich.table import Table
 
 from flows.data import data
 from flows.display import Display
+from flows.options import option
 from flows.parameters import with_parameters
 from flows.runs import runs
 from flows.tune import tune
@@ -56,7 +57,7 @@ QUIET_PREFECT = {
 
 
 @app.command
-@with_parameters(RunConfig, lambda field, text: Annotated[field.annotation, Parameter(help=text)])
+@with_parameters(RunConfig, option)
 def train(**parameters: Any) -> None:
     """Run the whole pipeline: download, shard, train, evaluate, publish."""
     config: RunConfig = config_of(parameters)

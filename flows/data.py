@@ -4,12 +4,13 @@ import contextlib
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from cyclopts import App, Parameter
+from cyclopts import App
 from rich.console import Console
 from rich.table import Table
 
+from flows.options import DEFAULT_STORAGE, Storage, option
 from flows.parameters import with_parameters
 from pipeline.catalog import CATALOG
 from pipeline.contact import contact_sheet, render_html, render_png
@@ -19,9 +20,6 @@ from pipeline.shards import Manifest, list_manifests, verify_shards
 from pipeline.storage import Store, open_store
 
 data = App(name="data", help="Datasets: list, prepare, verify, show.")
-
-Storage = Annotated[str, Parameter(help=str(DataConfig.model_fields["storage"].description))]
-DEFAULT_STORAGE: str = DataConfig.model_fields["storage"].default
 
 
 @data.command(name="list")
@@ -49,7 +47,7 @@ def list_datasets(*, storage: Storage = DEFAULT_STORAGE) -> None:
 
 
 @data.command(name="prepare")
-@with_parameters(DataConfig, lambda field, text: Annotated[field.annotation, Parameter(help=text)])
+@with_parameters(DataConfig, option)
 def prepare_dataset(**parameters: Any) -> None:
     """Bring a dataset here, check it, and shard it into the store."""
     config = config_of(parameters, DataConfig)

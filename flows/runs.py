@@ -1,20 +1,16 @@
 """`lenet runs`: the runs in a store, and how two of them differ."""
 
-from typing import Annotated
-
-from cyclopts import App, Parameter
+from cyclopts import App
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.run import RunConfig
+from flows.options import DEFAULT_STORAGE, Storage
 from pipeline.runs import compare_runs, list_runs
 from pipeline.storage import open_store
 
 runs = App(name="runs", help="Runs: what state each is in, and how two differ.")
 
-Storage = Annotated[str, Parameter(help=str(RunConfig.model_fields["storage"].description))]
 PIPE_WIDTH = 240
-DEFAULT_STORAGE: str = RunConfig.model_fields["storage"].default
 
 
 @runs.default

@@ -1,21 +1,21 @@
 """`lenet tune`: search a recipe's hyperparameters; what comes of it is a recipe file that `lenet train` takes."""
 
 import logging
-from typing import Annotated, Any
+from typing import Any
 
-from cyclopts import Parameter
 from rich.console import Console
 from rich.table import Table
 
 import pipeline.run
 from flows.display import Display
+from flows.options import option
 from flows.parameters import with_parameters
 from pipeline.run import TuneRunConfig, config_of
 
 SHOWN = 10
 
 
-@with_parameters(TuneRunConfig, lambda field, text: Annotated[field.annotation, Parameter(help=text)])
+@with_parameters(TuneRunConfig, option)
 def tune(**parameters: Any) -> None:
     """Search a recipe's hyperparameters with Ray Tune, judging them on validation images; never on the test images."""
     config = config_of(parameters, TuneRunConfig)

@@ -75,6 +75,10 @@ class ClusterConfig(BaseModel):
         """How many have to fit."""
         return self.world_size if isinstance(self.world_size, int) else self.world_size[0]
 
+    def resources(self, gpu: bool) -> dict[str, float]:
+        """What one worker asks of Ray, with a GPU or without."""
+        return {"CPU": self.cpus_per_worker, **({"GPU": 1} if gpu else {})}
+
 
 def placeable(nodes: Iterable[Mapping[str, float]], cpus: float, gpus: float) -> int:
     """How many workers of `cpus` and `gpus` each fit on nodes with those resources: a worker never spans nodes."""

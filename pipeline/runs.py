@@ -11,10 +11,13 @@ from pipeline.errors import DataError
 from pipeline.progress import ENDED, PROGRESS
 from pipeline.publish import find_run, run_folder
 from pipeline.report import Report
-from pipeline.run import RunRecord
+from pipeline.run import read_record
 from pipeline.storage import Store
+from pipeline.train import staging
 
 State = Literal["begun", "training", "ended", "trained", "evaluated", "published"]
+# What each file in a run's folder says of its state, the later over the earlier.
+RECEIPTS: dict[str, State] = {ENDED: "ended", "training.json": "trained", "evaluation.json": "evaluated"}
 
 
 class RunSummary(BaseModel):
@@ -59,11 +62,12 @@ def list_runs(store: Store) -> list[RunSummary]:
 def compare_runs(store: Store, first: str, second: str) -> list[Difference]:
     """All in which two published runs differ: parameters, versions, data, then results. DataError for one that is
     not published."""
-    one, other = read_report(store, first), read_report(store, second)
+    one, other = _facts(read_report(store, first)), _facts(read_report(store, second))
+    # In the order of the first's facts; those that only the second has come last.
     return [
-        Difference(what=what, first=value, second=theirs)
-        for (what, value), (_, theirs) in zip(_facts(one, other), _facts(other, one), strict=True)
-        if value != theirs
+        Difference(what=what, first=one.get(what), second=other.get(what))
+        for what in one | other
+        if one.get(what) != other.get(what)
     ]
 
 
@@ -75,16 +79,14 @@ def read_report(store: Store, run_id: str) -> Report:
 
 
 def _summary(store: Store, run_id: str, found: set[str]) -> RunSummary:
-    folder = f"staging/{run_id}"
-    parameters = RunRecord.model_validate_json(store.read(f"{folder}/run.json")).parameters
+    parameters = read_record(store, run_id).parameters
     epochs = sorted(name for name in found if name.startswith(f"{PROGRESS}/"))
-    last = EpochMetrics.model_validate_json(store.read(f"{folder}/{epochs[-1]}")) if epochs else None
+    last = EpochMetrics.model_validate_json(store.read(f"{staging(run_id)}/{epochs[-1]}")) if epochs else None
     published = find_run(store, run_id)
-    state: State = "begun"
-    for name, reached in ((PROGRESS, "training"), (ENDED, "ended"), ("training.json", "trained"),
-                          ("evaluation.json", "evaluated")):  # fmt: skip
-        if name in found or (name == PROGRESS and epochs):
-            state = reached  # type: ignore[assignment]
+    state: State = "training" if epochs else "begun"
+    for receipt, reached in RECEIPTS.items():
+        if receipt in found:
+            state = reached
     return RunSummary(
         run_id=run_id,
         state="published" if published else state,
@@ -98,26 +100,22 @@ def _summary(store: Store, run_id: str, found: set[str]) -> RunSummary:
     )
 
 
-def _facts(report: Report, other: Report) -> list[tuple[str, Any]]:
-    """What can be compared, in an order that two reports share."""
+def _facts(report: Report) -> dict[str, Any]:
+    """What can be compared."""
     evaluation, last = report.evaluation, report.history[-1]
-    parameters = sorted(report.parameters.keys() | other.parameters.keys() - {"run_id", "storage"})
-    versions = sorted(report.versions.keys() | other.versions.keys())
-    classes = sorted({found.name for found in (*evaluation.classes, *other.evaluation.classes)})
-    f1 = {found.name: found.f1 for found in evaluation.classes}
-    return [
-        *((name, report.parameters.get(name)) for name in parameters if name not in {"run_id", "storage"}),
-        *((f"version of {name}", report.versions.get(name)) for name in versions),
-        ("dataset version", report.dataset.digest[:12]),
-        ("workers", report.world_size),
-        ("device", report.device),
-        ("training, s", round(report.training_seconds, 1)),
-        ("images/s, last epoch", round(last.images_per_second)),
-        ("train loss, last epoch", round(last.train_loss, 4)),
-        ("train accuracy, last epoch", round(last.train_accuracy, 4)),
-        ("test accuracy", round(evaluation.accuracy, 4)),
-        ("test accuracy, 95% from", round(evaluation.accuracy_low, 4)),
-        ("test accuracy, 95% to", round(evaluation.accuracy_high, 4)),
-        ("test loss", round(evaluation.loss, 4)),
-        *((f"F1 of {name}", None if name not in f1 else round(f1[name], 4)) for name in classes),
-    ]
+    return {
+        **{name: value for name, value in sorted(report.parameters.items()) if name not in {"run_id", "storage"}},
+        **{f"version of {name}": value for name, value in sorted(report.versions.items())},
+        "dataset version": report.dataset.digest[:12],
+        "workers": report.world_size,
+        "device": report.device,
+        "training, s": round(report.training_seconds, 1),
+        "images/s, last epoch": round(last.images_per_second),
+        "train loss, last epoch": round(last.train_loss, 4),
+        "train accuracy, last epoch": round(last.train_accuracy, 4),
+        "test accuracy": round(evaluation.accuracy, 4),
+        "test accuracy, 95% from": round(evaluation.accuracy_low, 4),
+        "test accuracy, 95% to": round(evaluation.accuracy_high, 4),
+        "test loss": round(evaluation.loss, 4),
+        **{f"F1 of {found.name}": round(found.f1, 4) for found in evaluation.classes},
+    }

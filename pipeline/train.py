@@ -21,7 +21,7 @@ from ray.train.v2._internal.callbacks.placement_group_callback import PlacementG
 from torch import Tensor
 
 from lenet.model import LeNet, fold_standardise
-from pipeline.checkpoint import FILE_NAME, EpochMetrics, History, Position, encode_model, read_state
+from pipeline.checkpoint import EpochMetrics, History, Position, encode_model, read_state
 from pipeline.cluster import ClusterConfig, ray_session
 from pipeline.collective import PATIENCE_S
 from pipeline.errors import Terminated, TrainingError
@@ -82,10 +82,9 @@ def fit(
 ) -> Training:
     """Train to the last epoch, from the run's last checkpoint if it has one, and store the candidate's weights.
 
-    `on_epoch` is called in this process soon after each epoch, for restored epochs too, and `on_now` every
-    two seconds. Raises ConfigError or
-    ClusterError when the workers cannot be had, StorageError or TrainingError when training fails for good, Terminated
-    when SIGTERM has ended it, with a checkpoint, on a local Ray.
+    `on_epoch` is called in this process soon after each epoch, for restored epochs too, and `on_now` every two
+    seconds. Raises ConfigError or ClusterError when the workers cannot be had, StorageError or TrainingError when
+    training fails for good, Terminated when SIGTERM has ended it, with a checkpoint, on a local Ray.
     """
     if done := find_training(store, run_id):
         return done
@@ -145,7 +144,7 @@ def _run_workers(
             num_workers=cluster.world_size,  # type: ignore[arg-type]  # annotated as of the version before
             elastic_resize_monitor_interval_s=RESIZE_S,  # type: ignore[call-arg]
             use_gpu=gpu,
-            resources_per_worker={"CPU": cluster.cpus_per_worker, **({"GPU": 1} if gpu else {})},
+            resources_per_worker=cluster.resources(gpu),
         ),
         run_config=ray.train.RunConfig(
             # The same name and path again make Ray Train go on from the last checkpoint it finds there.
@@ -171,7 +170,7 @@ def _run_workers(
             signal.signal(signal.SIGINT, interrupt)
     if checkpoint is None:
         return {}, Position()
-    return read_state(store.read(f"{job.checkpoints}/{Path(checkpoint.path).name}/{FILE_NAME}"))
+    return read_state(store.read(job.state_key(Path(checkpoint.path).name)))
 
 
 @contextlib.contextmanager

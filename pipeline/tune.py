@@ -60,9 +60,8 @@ def tune(
     space: dict[str, Any] = {name: _range(recipe, name) for name in config.vary}
     train = partial(_train, store_url=store.url, manifest=manifest, recipe=recipe, seed=seed)
     with ray_session(cluster) as gpu, tempfile.TemporaryDirectory(prefix="lenet-") as folder:
-        resources = {"CPU": cluster.cpus_per_worker, **({"GPU": 1} if gpu else {})}
         tuner = ray.tune.Tuner(
-            ray.tune.with_resources(train, resources),
+            ray.tune.with_resources(train, cluster.resources(gpu)),
             param_space=space,
             tune_config=ray.tune.TuneConfig(
                 metric=METRIC,

@@ -70,6 +70,10 @@ class Job:
         """Key of the folder that Ray Train keeps checkpoints in."""
         return f"{self.folder}/{RAY_FOLDER}"
 
+    def state_key(self, checkpoint: str) -> str:
+        """Key of the state in the checkpoint that Ray Train has given this name."""
+        return f"{self.checkpoints}/{checkpoint}/{FILE_NAME}"
+
 
 @dataclass(frozen=True)
 class Split:
@@ -281,7 +285,7 @@ def _restore(session: Session) -> Position:
     if newest is None:
         return Position()
     job, store = session.job, session.place.store
-    first = f"{job.checkpoints}/{Path(newest.path).name}/{FILE_NAME}"
+    first = job.state_key(Path(newest.path).name)
     others = [key for key in store.keys(job.checkpoints) if key.endswith(FILE_NAME) and key < first]
     for key in [first, *reversed(others)]:
         try:
@@ -305,13 +309,13 @@ def _save(session: Session, position: Position, metrics: dict[str, Any]) -> None
         ray.train.report(metrics, checkpoint_upload_mode=CheckpointUploadMode.ASYNC)
         return
     data = encode_state(session.model, session.optimization, position)
-    folder, store = session.job.checkpoints, session.place.store
+    job, store = session.job, session.place.store
 
     def upload(checkpoint: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
-        store.put(f"{folder}/{name}/{FILE_NAME}", data)
-        return ray.train.Checkpoint(store.path(f"{folder}/{name}"), checkpoint.filesystem)
+        store.put(job.state_key(name), data)
+        return ray.train.Checkpoint(store.path(f"{job.checkpoints}/{name}"), checkpoint.filesystem)
 
-    here = ray.train.Checkpoint(store.path(folder), ray.train.get_context().get_storage().storage_filesystem)
+    here = ray.train.Checkpoint(store.path(job.checkpoints), ray.train.get_context().get_storage().storage_filesystem)
     ray.train.report(
         metrics,
         checkpoint=here,

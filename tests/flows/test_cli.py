@@ -16,6 +16,14 @@ def lenet(*arguments: str) -> int:
     return 0
 
 
+def assert_one_line(capsys: pytest.CaptureFixture[str], message: str) -> None:
+    """That is all there was to read, on stderr."""
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert captured.err.startswith(f"lenet: {message}")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message", "exit_code"),
     [
@@ -50,10 +58,7 @@ def test_a_mistake_gives_one_line_and_an_exit_code(
     capsys: pytest.CaptureFixture[str], arguments: str, message: str, exit_code: int
 ) -> None:
     assert lenet("train", *arguments.split()) == exit_code
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.count("\n") == 1
-    assert captured.err.startswith(f"lenet: {message}")
+    assert_one_line(capsys, message)
 
 
 def test_help_shows_every_parameter_with_its_bounds(capsys: pytest.CaptureFixture[str]) -> None:
@@ -96,7 +101,4 @@ def test_a_mistake_in_another_command_costs_a_line_too(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, arguments: str, message: str, exit_code: int
 ) -> None:
     assert lenet(*arguments.split(), "--storage", str(tmp_path)) == exit_code
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.count("\n") == 1
-    assert captured.err.startswith(f"lenet: {message}")
+    assert_one_line(capsys, message)
