@@ -14,8 +14,10 @@ from rich.table import Table
 
 from flows.data import data
 from flows.display import Display
+from flows.models import export, gc, models, promote, reproduce, rollback, verify
 from flows.options import option
 from flows.parameters import with_parameters
+from flows.predict import predict
 from flows.runs import runs
 from flows.tune import tune
 from lenet.model import LeNet, layer_table
@@ -25,13 +27,21 @@ from pipeline.run import RunConfig, check, config_of, ray_ahead
 app = App(
     name="lenet",
     version=importlib.metadata.version("lenet-pipeline"),
-    help="Train LeNet on Ray, from dataset to published report.",
+    help="Train LeNet on Ray, from dataset to published model, and use it.",
     suppress_keyboard_interrupt=False,
     print_error=False,
     exit_on_error=False,
 )
 app.command(data)
 app.command(runs)
+app.command(models)
+app.command(promote)
+app.command(rollback)
+app.command(verify)
+app.command(predict)
+app.command(export)
+app.command(reproduce)
+app.command(gc)
 app.command(tune)
 
 # Nothing is scheduled on a server that lives as long as one command: 15 s to start without these, not 18.

@@ -16,7 +16,7 @@ PIPE_WIDTH = 240
 @runs.default
 def show_runs(*, storage: Storage = DEFAULT_STORAGE) -> None:
     """List the runs, with how far each has come and its accuracy on the test images."""
-    store, console = open_store(storage), _console()
+    store, console = open_store(storage), plain_console()
     table = Table("run", "state", "dataset", "recipe", "epochs", "held out", "test", "finished", box=None)
     for run in list_runs(store):
         table.add_row(
@@ -43,10 +43,10 @@ def compare(first: str, second: str, *, storage: Storage = DEFAULT_STORAGE) -> N
     table = Table("", first, second, box=None)
     for difference in compare_runs(open_store(storage), first, second):
         table.add_row(difference.what, str(difference.first), str(difference.second))
-    _console().print(table if table.row_count else "the runs do not differ", soft_wrap=True)
+    plain_console().print(table if table.row_count else "the runs do not differ", soft_wrap=True)
 
 
-def _console() -> Console:
+def plain_console() -> Console:
     """As wide as the terminal; where there is none, wide enough that a run stays on its line."""
     console = Console(highlight=False)
     return console if console.is_terminal else Console(highlight=False, width=PIPE_WIDTH)

@@ -20,8 +20,9 @@ from flows.parameters import with_parameters
 from pipeline import run
 from pipeline.checkpoint import EpochMetrics
 from pipeline.errors import ConfigError, DataError, TrainingError
-from pipeline.evaluate import Evaluation
+from pipeline.evaluate import Evaluation, Exported
 from pipeline.progress import Now
+from pipeline.promotion import Comparison, render_decision
 from pipeline.publish import Published
 from pipeline.report import render_summary
 from pipeline.run import RunConfig
@@ -84,10 +85,16 @@ def train(config: RunConfig, manifest: Manifest) -> Training:
     return run.train(config, manifest, on_epoch, on_now)
 
 
+@task(**STEP, timeout_seconds=HOUR, cache_key_fn=_outcome("export"))
+def export(config: RunConfig, manifest: Manifest, training: Training) -> Exported:
+    """Write the candidate as safetensors, ONNX and torch.export's archive."""
+    return run.export(config, manifest, training)
+
+
 @task(**STEP, timeout_seconds=HOUR, cache_key_fn=_outcome("evaluate"))
-def evaluate(config: RunConfig, manifest: Manifest, training: Training) -> Evaluation:
-    """Judge the candidate in the store on the test shards."""
-    return run.evaluate(config, manifest, training)
+def evaluate(config: RunConfig, manifest: Manifest, exported: Exported) -> Evaluation:
+    """Judge all forms of the candidate in the store on the test shards."""
+    return run.evaluate(config, manifest, exported)
 
 
 @task(**STEP, timeout_seconds=HOUR)
@@ -97,6 +104,14 @@ def publish(config: RunConfig, manifest: Manifest, training: Training, evaluatio
     create_markdown_artifact(render_summary(published.run_id, training, evaluation), key="training-report")
     create_link_artifact(published.report, key="report-page", link_text=f"Report of {config.run_id}")
     return published
+
+
+@task(**STEP, timeout_seconds=HOUR)
+def promote(config: RunConfig) -> Comparison:
+    """Register the model, and make it the champion if it is better."""
+    comparison = run.promote(config)
+    create_markdown_artifact(render_decision(config.model, comparison), key="promotion")
+    return comparison
 
 
 def _run_id(parameters: dict[str, Any]) -> str:
@@ -110,12 +125,15 @@ def _run_id(parameters: dict[str, Any]) -> str:
 @flow(name="train-lenet")
 @with_parameters(RunConfig, lambda field, text: Annotated[field.annotation, field])
 def train_lenet(**parameters: Any) -> Published:
-    """Download a dataset, shard it to Parquet, train LeNet on Ray, evaluate it and publish model and report."""
+    """Download a dataset, shard it to Parquet, train LeNet on Ray, evaluate, publish, promote the better."""
     for name in ("pipeline", "flows", "now"):
         logging.getLogger(name).setLevel(logging.INFO)
     config = run.begin(run.config_of(parameters), _run_id(parameters))
     source = download(config)
     manifest = shard(config, source)
     training = train(config, manifest)
-    evaluation = evaluate(config, manifest, training)
-    return publish(config, manifest, training, evaluation)
+    exported = export(config, manifest, training)
+    evaluation = evaluate(config, manifest, exported)
+    published = publish(config, manifest, training, evaluation)
+    promote(config)
+    return published

@@ -1,75 +1,123 @@
-"""Judging a candidate: the weights as they lie in the store, on the test shards, apart from training."""
+"""Judging a candidate: every form of it, as it lies in the store, on every test shard, apart from training.
+
+    staging/<run id>/export/<form>                 the forms, by `export`
+    staging/<run id>/predictions/<shard>.parquet   what was predicted of every test image, with the logits
+    staging/<run id>/evaluation.json               the verdict, written last
+
+Shards are judged one by one, and what they gave is summed: memory does not grow with the test split.
+"""
 
 import logging
 import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-import torch
 from pydantic import BaseModel, ConfigDict
-from scipy.stats import binomtest
-from sklearn.metrics import confusion_matrix, log_loss, precision_recall_fscore_support
 
 from lenet.model import LeNet
-from lenet.step import predict_step
+from pipeline.artifacts import (
+    FORMS,
+    ONNX,
+    PT2,
+    SAFETENSORS,
+    Artifact,
+    artifact_of,
+    encode_onnx,
+    encode_pt2,
+    open_form,
+    read_checked,
+)
 from pipeline.checkpoint import decode_model
 from pipeline.errors import DataError
-from pipeline.idx import Pixels
-from pipeline.shards import Manifest, read_rows
-from pipeline.storage import Store, sha256
+from pipeline.metrics import Predictor, Tally, Verdict
+from pipeline.predictions import digest_of_rows, encode_predictions, sum_of_rows
+from pipeline.probe import Robustness, Speed, robustness, speed
+from pipeline.shards import Manifest, read_rows, read_shard
+from pipeline.storage import Store
 from pipeline.train import Training, staging
 
 log = logging.getLogger(__name__)
 
-BATCH = 1000
-CONFIDENCE = 0.95
-MISTAKES_KEPT = 24
+# How far the logits of two forms of one model may be apart: float32 sums in another order differ by 4e-6 here.
+TOLERANCE = 1e-4
+PROBED = 10_000  # test images for robustness
+ON_RAY_FROM = 500_000  # test images; below, starting Ray takes longer than judging them
 
-Probabilities = npt.NDArray[np.float64]
-
-
-class ClassMetrics(BaseModel):
-    """How well one class is recognised: ratios 0 to 1; support is its number of test images."""
-
-    model_config = ConfigDict(frozen=True)
-
-    name: str
-    precision: float
-    recall: float
-    f1: float
-    support: int
+Mapper = Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]
 
 
-class Mistake(BaseModel):
-    """A test image given the wrong class: its row in the split, both classes, and the two probabilities (0 to 1)."""
+class Exported(BaseModel):
+    """The receipt of an export: the forms under staging/<run id>/export/."""
 
     model_config = ConfigDict(frozen=True)
 
-    row: int
-    label: int
-    predicted: int
-    probability: float
-    label_probability: float
+    candidate_sha256: str
+    forms: dict[str, Artifact]
 
 
-class Evaluation(BaseModel):
+class FormCheck(BaseModel):
+    """One form as it was opened from the store: its largest difference, of any logit of any test image, to
+    model.safetensors, and how many test images it recognises."""
+
+    model_config = ConfigDict(frozen=True)
+
+    bytes: int
+    sha256: str
+    largest_difference: float
+    correct: int
+
+
+class Evaluation(Verdict):
     """The verdict on one candidate and one dataset version, both named by digest."""
 
     model_config = ConfigDict(frozen=True)
 
     candidate_sha256: str
     dataset_digest: str
-    images: int
-    correct: int
-    accuracy: float
-    accuracy_low: float
-    accuracy_high: float
-    loss: float
-    classes: list[ClassMetrics]
-    confusion: list[list[int]]
-    mistakes: list[Mistake]
+    test_digest: str
+    forms: dict[str, FormCheck]
+    predictions: dict[str, Artifact]
+    robustness: list[Robustness]
+    speed: list[Speed]
     seconds: float
+
+
+def export(store: Store, run_id: str, manifest: Manifest, training: Training) -> Exported:
+    """Write the candidate in every form that is published, beside the candidate.
+
+    Raises DataError when the candidate's bytes are not those that training stored.
+    """
+    if done := find_export(store, run_id):
+        return done
+    started = time.perf_counter()
+    model = load_model(store, training.candidate, training.candidate_sha256)
+    side = manifest.image_shape[0]
+    forms = {
+        SAFETENSORS: store.read(training.candidate),
+        ONNX: encode_onnx(model, side),
+        PT2: encode_pt2(model, side),
+    }
+    kept = {name: store.keep(exported_key(run_id, name), data) for name, data in forms.items()}
+    exported = Exported(
+        candidate_sha256=training.candidate_sha256, forms={name: artifact_of(data) for name, data in kept.items()}
+    )
+    log.info("%s written in %.1f s", ", ".join(FORMS), time.perf_counter() - started)
+    receipt = store.keep(f"{staging(run_id)}/export.json", exported.model_dump_json(indent=2).encode())
+    return Exported.model_validate_json(receipt)
+
+
+def find_export(store: Store, run_id: str) -> Exported | None:
+    """The receipt of the run's export, or None while there is none."""
+    key = f"{staging(run_id)}/export.json"
+    return Exported.model_validate_json(store.read(key)) if store.exists(key) else None
+
+
+def exported_key(run_id: str, name: str) -> str:
+    """Key of one form of a run's candidate."""
+    return f"{staging(run_id)}/export/{name}"
 
 
 def find_evaluation(store: Store, run_id: str) -> Evaluation | None:
@@ -78,39 +126,133 @@ def find_evaluation(store: Store, run_id: str) -> Evaluation | None:
     return Evaluation.model_validate_json(store.read(key)) if store.exists(key) else None
 
 
-def evaluate(store: Store, run_id: str, manifest: Manifest, training: Training) -> Evaluation:
-    """Load the candidate from the store, predict the whole test split, keep the verdict beside the candidate.
+def evaluate(
+    store: Store, run_id: str, manifest: Manifest, exported: Exported, on_ray: Mapper | None = None
+) -> Evaluation:
+    """Predict the whole test split with every form of the candidate, and keep predictions and verdict beside it.
 
-    Raises DataError when the candidate's bytes are not those that training stored.
+    `on_ray` maps a function over tasks, for a large split. Raises DataError when a form is not what was exported, or
+    does not agree with model.safetensors.
     """
     if done := find_evaluation(store, run_id):
         return done
     started = time.perf_counter()
-    model = load_model(store, training.candidate, training.candidate_sha256)
-    images, labels = read_rows(store, manifest, "test")
-    verdict = judge(predict(model, images), labels, manifest.classes)
+    judge = JudgeShard(store, manifest, {exported_key(run_id, name): form for name, form in exported.forms.items()})
+    mapper: Mapper = on_ray if on_ray is not None and manifest.rows("test") >= ON_RAY_FROM else map
+    total = ShardVerdict.of_nothing(len(manifest.classes))
+    predictions = {}
+    for number, part in enumerate(mapper(judge, range(len(manifest.splits["test"])))):
+        name = f"predictions/{number:05d}.parquet"
+        data = store.keep(f"{staging(run_id)}/{name}", part.predictions)
+        predictions[name] = artifact_of(data)
+        total.add(part)
+    verdict = total.tally.verdict(manifest.classes)
+    checks = {
+        name: FormCheck(
+            bytes=form.bytes,
+            sha256=form.sha256,
+            largest_difference=total.differences[name],
+            correct=total.correct[name],
+        )
+        for name, form in exported.forms.items()
+    }
+    require_agreement(checks)
+    images, labels = read_rows(store, manifest, "test", 0, min(PROBED, manifest.rows("test")))
     evaluation = Evaluation(
-        candidate_sha256=training.candidate_sha256,
+        **verdict.model_dump(),
+        candidate_sha256=exported.candidate_sha256,
         dataset_digest=manifest.digest,
+        test_digest=digest_of_rows(total.rows_digest, manifest),
+        forms=checks,
+        predictions=predictions,
+        robustness=robustness(judge.forms[SAFETENSORS], images, labels),
+        speed=speed(judge.forms[SAFETENSORS], images[:1]),
         seconds=time.perf_counter() - started,
-        **verdict,
     )
     log.info(
-        "%d of %d test images right: accuracy %.4f, 95%% interval %.4f to %.4f",
+        "%d of %d test images right: accuracy %.4f, 95%% interval %.4f to %.4f; %d forms agree",
         evaluation.correct,
         evaluation.images,
         evaluation.accuracy,
         evaluation.accuracy_low,
         evaluation.accuracy_high,
+        len(checks),
     )
     receipt = store.keep(f"{staging(run_id)}/evaluation.json", evaluation.model_dump_json(indent=2).encode())
     return Evaluation.model_validate_json(receipt)
 
 
+@dataclass
+class ShardVerdict:
+    """What one test shard gave, or several together; `predictions` is the Parquet file of one."""
+
+    tally: Tally
+    differences: dict[str, float]
+    correct: dict[str, int]
+    rows_digest: int
+    predictions: bytes = b""
+
+    @classmethod
+    def of_nothing(cls, n_classes: int) -> "ShardVerdict":
+        """What no shard gives."""
+        return cls(Tally(n_classes), dict.fromkeys(FORMS, 0.0), dict.fromkeys(FORMS, 0), 0)
+
+    def add(self, later: "ShardVerdict") -> None:
+        """Take in the shard after those that are in."""
+        self.tally.merge(later.tally)
+        for name in FORMS:
+            self.differences[name] = max(self.differences[name], later.differences[name])
+            self.correct[name] += later.correct[name]
+        self.rows_digest = (self.rows_digest + later.rows_digest) % 2**256
+
+
+class JudgeShard:
+    """Judges one test shard by its number; opens the forms, by key and what they have to be, when it first does so."""
+
+    def __init__(self, store: Store, manifest: Manifest, keys: dict[str, Artifact]) -> None:
+        self.store, self.manifest, self.keys = store, manifest, keys
+
+    @cached_property
+    def forms(self) -> dict[str, Predictor]:
+        """The opened forms. Raises DataError for one that is missing, altered or not a model."""
+        return {key.rpartition("/")[2]: _open(self.store, key, form) for key, form in self.keys.items()}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "forms"}
+
+    def __call__(self, number: int) -> ShardVerdict:
+        images, labels = read_shard(self.store, self.manifest, "test", number)
+        first_row = sum(shard.rows for shard in self.manifest.splits["test"][:number])
+        logits = {name: predict(images) for name, predict in self.forms.items()}
+        reference = logits[SAFETENSORS]
+        tally = Tally(len(self.manifest.classes))
+        tally.add(reference, labels, first_row)
+        return ShardVerdict(
+            tally=tally,
+            differences={name: float(np.abs(found - reference).max()) for name, found in logits.items()},
+            correct={name: int((found.argmax(axis=1) == labels).sum()) for name, found in logits.items()},
+            rows_digest=sum_of_rows(images, labels, first_row),
+            predictions=encode_predictions(reference, labels, first_row),
+        )
+
+
+def require_agreement(checks: dict[str, FormCheck]) -> None:
+    """DataError unless all forms are one model: logits within TOLERANCE, and the same number of images right."""
+    right = checks[SAFETENSORS].correct
+    for name, check in checks.items():
+        if not check.largest_difference <= TOLERANCE:  # not a number is not agreement either
+            raise DataError(
+                f"{name}: its logits differ from those of {SAFETENSORS} by up to {check.largest_difference:.2g}, "
+                f"more than {TOLERANCE:g}; it is another model, export it anew"
+            )
+        if check.correct != right:
+            raise DataError(f"{name}: {check.correct} test images right, {SAFETENSORS} has {right}; export it anew")
+
+
 def load_model(store: Store, key: str, expected_sha256: str) -> LeNet:
     """The LeNet in a safetensors object, once its sha256 (hex) is what it should be."""
     data = store.read(key)
-    if sha256(data) != expected_sha256:
+    if artifact_of(data).sha256 != expected_sha256:
         raise DataError(f"{store.locate(key)}: its sha256 is not the recorded {expected_sha256[:12]}…; run anew")
     try:
         return decode_model(data)
@@ -118,49 +260,9 @@ def load_model(store: Store, key: str, expected_sha256: str) -> LeNet:
         raise DataError(f"{store.locate(key)}: {error}; run anew") from None
 
 
-def predict(model: LeNet, images: Pixels) -> Probabilities:
-    """Probabilities float64 (N, n_classes) for images uint8 (N, height, width)."""
-    batches = torch.split(torch.from_numpy(images), BATCH)
-    return torch.cat([predict_step(model, batch) for batch in batches]).numpy()
-
-
-def judge(probabilities: Probabilities, labels: Pixels, names: tuple[str, ...]) -> dict[str, Any]:
-    """All that the probabilities (N, n_classes) say against the labels (N,): the fields of an Evaluation."""
-    predicted = probabilities.argmax(axis=1)
-    every_class = list(range(len(names)))
-    correct = int((predicted == labels).sum())
-    interval = binomtest(correct, len(labels)).proportion_ci(CONFIDENCE, method="wilson")
-    precision, recall, f1, support = precision_recall_fscore_support(
-        labels, predicted, labels=every_class, zero_division=0
-    )
-    return {
-        "images": len(labels),
-        "correct": correct,
-        "accuracy": correct / len(labels),
-        "accuracy_low": interval.low,
-        "accuracy_high": interval.high,
-        "loss": log_loss(labels, probabilities, labels=every_class),
-        "classes": [
-            ClassMetrics(name=name, precision=p, recall=r, f1=f, support=s)
-            for name, p, r, f, s in zip(names, precision, recall, f1, support, strict=True)
-        ],
-        "confusion": confusion_matrix(labels, predicted, labels=every_class).tolist(),
-        "mistakes": worst_mistakes(probabilities, labels),
-    }
-
-
-def worst_mistakes(probabilities: Probabilities, labels: Pixels) -> list[Mistake]:
-    """The wrong predictions the model was surest of, worst first; ties in row order."""
-    predicted = probabilities.argmax(axis=1)
-    wrong = np.flatnonzero(predicted != labels)
-    surest = wrong[np.argsort(-probabilities[wrong, predicted[wrong]], kind="stable")][:MISTAKES_KEPT]
-    return [
-        Mistake(
-            row=int(row),
-            label=int(labels[row]),
-            predicted=int(predicted[row]),
-            probability=float(probabilities[row, predicted[row]]),
-            label_probability=float(probabilities[row, labels[row]]),
-        )
-        for row in surest
-    ]
+def _open(store: Store, key: str, form: Artifact) -> Predictor:
+    data = read_checked(store, key, form)
+    try:
+        return open_form(key.rpartition("/")[2], data)
+    except DataError as error:
+        raise DataError(f"{store.locate(key)}: {error}; export it anew") from None

@@ -1,6 +1,6 @@
 """Publishing a run: model and report first, then the manifest that makes them a run, then the pointer to the latest.
 
-    runs/<run id>/model.safetensors, report.json, report.html, events.out.tfevents.lenet
+    runs/<run id>/model.safetensors, model.onnx, model.pt2, predictions/, report.json, report.html, README.md, events
                                                                  conditional create, each read back and compared
     runs/<run id>/manifest.json                                  conditional create: from here on the run is published
     runs/latest.json                                             conditional replace: never goes back in time
@@ -12,38 +12,36 @@ import logging
 from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from lenet.model import layer_table
-from pipeline.errors import DataError, StorageError
-from pipeline.evaluate import Evaluation, load_model
+from pipeline.artifacts import FORMS, SAFETENSORS, Artifact, artifact_of, read_checked
+from pipeline.card import render_card
+from pipeline.errors import ConfigError, DataError, StorageError
+from pipeline.evaluate import Evaluation, exported_key, load_model
+from pipeline.promotion import Comparison
 from pipeline.report import DatasetFacts, LayerFacts, Report, render_events, render_html
-from pipeline.shards import Manifest, read_rows
+from pipeline.shards import Manifest, pick_images
 from pipeline.storage import Store, sha256
-from pipeline.train import Training
+from pipeline.train import Training, staging
 
 log = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
-MODEL = "model.safetensors"
+FORMAT_VERSION = 2
 EVENTS = "events.out.tfevents.lenet"  # TensorBoard looks for tfevents
+CARD = "README.md"  # where model hubs look for it
 LATEST = "runs/latest.json"
 LATEST_ATTEMPTS = 50
 
 
-class Artifact(BaseModel):
-    """One published object: its size in bytes and sha256 (hex)."""
-
-    model_config = ConfigDict(frozen=True)
-
-    bytes: int
-    sha256: str
-
-
 class RunManifest(BaseModel):
-    """What a published run consists of, by name beside the manifest, and what names its content."""
+    """What a published run consists of, by name beside the manifest, and what names its content.
+
+    `test_digest` names the images it was judged by, `dataset_folder` is the key of the dataset they are from.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -51,7 +49,11 @@ class RunManifest(BaseModel):
     run_id: str
     finished: datetime
     accuracy: float
+    dataset_folder: str = ""
     dataset_digest: str
+    test_digest: str = ""
+    classes: tuple[str, ...] = ()
+    image_shape: tuple[int, int] = (28, 28)
     artifacts: dict[str, Artifact]
 
 
@@ -86,11 +88,13 @@ def run_folder(run_id: str) -> str:
 def publish(
     store: Store,
     run_id: str,
-    parameters: dict[str, Any],
+    parameters: Mapping[str, Any],
     versions: dict[str, str],
+    lineage: Mapping[str, str],
     manifest: Manifest,
     training: Training,
     evaluation: Evaluation,
+    comparison: Comparison,
 ) -> Published:
     """Publish the run, or find it published; either way `latest` points to it or to a later one.
 
@@ -102,17 +106,27 @@ def publish(
         raise DataError(f"run {run_id}: the evaluation is of another model or dataset; run anew with another run_id")
     folder = run_folder(run_id)
     if find_run(store, run_id) is None:
-        rendered = _render(store, run_id, parameters, versions, manifest, training, evaluation)
-        kept = {name: store.keep(f"{folder}/{name}", data) for name, data in rendered.items()}
-        if sha256(kept[MODEL]) != training.candidate_sha256:
-            raise DataError(f"{store.locate(folder)}: holds another model already; run anew with another run_id")
+        artifacts = _copy_evaluated(store, run_id, evaluation)
+        report = _report(store, run_id, parameters, versions, lineage, manifest, training, evaluation, comparison)
+        mistakes = pick_images(store, manifest, "test", [mistake.row for mistake in evaluation.mistakes])
+        rendered = {
+            EVENTS: render_events(training.history),
+            "report.json": report.model_dump_json(indent=2).encode(),
+            "report.html": render_html(report, list(mistakes)).encode(),
+            CARD: render_card(report).encode(),
+        }
+        artifacts |= {name: artifact_of(store.keep(f"{folder}/{name}", data)) for name, data in rendered.items()}
         content = RunManifest(
             format_version=FORMAT_VERSION,
             run_id=run_id,
             finished=training.finished,
             accuracy=evaluation.accuracy,
+            dataset_folder=manifest.folder,
             dataset_digest=manifest.digest,
-            artifacts={name: Artifact(bytes=len(data), sha256=sha256(data)) for name, data in kept.items()},
+            test_digest=evaluation.test_digest,
+            classes=manifest.classes,
+            image_shape=manifest.image_shape,
+            artifacts=artifacts,
         )
         store.keep(f"{folder}/manifest.json", content.model_dump_json(indent=2).encode())
     verify_run(store, run_id)
@@ -127,22 +141,60 @@ def publish(
 
 
 def find_run(store: Store, run_id: str) -> RunManifest | None:
-    """The manifest of a published run; None before it is published."""
+    """The manifest of a published run; None before it is published. DataError for one of another run, or damaged."""
     key = f"{run_folder(run_id)}/manifest.json"
-    return RunManifest.model_validate_json(store.read(key)) if store.exists(key) else None
+    if not store.exists(key):
+        return None
+    try:
+        manifest = RunManifest.model_validate_json(store.read(key))
+    except ValidationError as error:
+        raise DataError(f"{store.locate(key)}: not the manifest of a run ({error.errors()[0]['msg']})") from None
+    if manifest.run_id != run_id:
+        raise DataError(f"{store.locate(key)}: is the manifest of run {manifest.run_id}; do not use this folder")
+    return manifest
+
+
+def require_run(store: Store, run_id: str) -> RunManifest:
+    """The manifest of a published run; DataError when there is none."""
+    manifest = find_run(store, run_id)
+    if manifest is None:
+        raise DataError(f"{store.locate(run_folder(run_id))}: no published run; lenet runs lists them")
+    return manifest
 
 
 def verify_run(store: Store, run_id: str) -> RunManifest:
     """Read every artifact of a published run and compare size and sha256. Raises DataError naming what differs."""
-    manifest = find_run(store, run_id)
-    if manifest is None:
-        raise DataError(f"{store.locate(run_folder(run_id))}: holds no published run")
+    manifest = require_run(store, run_id)
     for name, artifact in manifest.artifacts.items():
-        key = f"{run_folder(run_id)}/{name}"
-        data = store.read(key)
-        if len(data) != artifact.bytes or sha256(data) != artifact.sha256:
-            raise DataError(f"{store.locate(key)}: its sha256 is not the manifest's; it was altered, do not use it")
+        read_checked(store, f"{run_folder(run_id)}/{name}", artifact)
     return manifest
+
+
+def read_report(store: Store, run_id: str) -> Report:
+    """The report of a published run. DataError for a run that is not published, and one from before format 2."""
+    manifest = require_run(store, run_id)
+    if manifest.format_version < FORMAT_VERSION:
+        raise DataError(f"run {run_id}: published in format {manifest.format_version}, from before this; run it again")
+    key = f"{run_folder(run_id)}/report.json"
+    return Report.model_validate_json(read_checked(store, key, manifest.artifacts["report.json"]))
+
+
+def copy_run(store: Store, run_id: str, output: Path) -> list[Path]:
+    """Write the model of a published run, in every form, with its card, to a folder on this machine; the files.
+
+    ConfigError for a folder that cannot be written to.
+    """
+    artifacts = require_run(store, run_id).artifacts
+    files = []
+    for name in (*FORMS, CARD):
+        data = read_checked(store, f"{run_folder(run_id)}/{name}", artifacts[name])
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+            (output / name).write_bytes(data)
+        except OSError as error:
+            raise ConfigError("output", str(output), str(error.strerror), "name a folder to write to") from None
+        files.append(output / name)
+    return files
 
 
 def read_latest(store: Store) -> Latest | None:
@@ -150,18 +202,35 @@ def read_latest(store: Store) -> Latest | None:
     return Latest.model_validate_json(store.read(LATEST)) if store.exists(LATEST) else None
 
 
-def _render(
+def _copy_evaluated(store: Store, run_id: str, evaluation: Evaluation) -> dict[str, Artifact]:
+    """Publish what was evaluated, byte for byte, one object after the other: its artifacts by name."""
+    copies: dict[str, tuple[str, Artifact]] = {
+        name: (exported_key(run_id, name), Artifact(bytes=form.bytes, sha256=form.sha256))
+        for name, form in evaluation.forms.items()
+    }
+    copies |= {name: (f"{staging(run_id)}/{name}", part) for name, part in evaluation.predictions.items()}
+    artifacts = {}
+    for name, (source, artifact) in copies.items():
+        key = f"{run_folder(run_id)}/{name}"
+        if artifact_of(store.keep(key, read_checked(store, source, artifact))) != artifact:
+            raise DataError(f"{store.locate(key)}: is of another model already; run anew with another run_id")
+        artifacts[name] = artifact
+    return artifacts
+
+
+def _report(
     store: Store,
     run_id: str,
     parameters: Mapping[str, Any],
     versions: dict[str, str],
+    lineage: Mapping[str, str],
     manifest: Manifest,
     training: Training,
     evaluation: Evaluation,
-) -> dict[str, bytes]:
-    """The bytes of every artifact, by name."""
-    model = load_model(store, training.candidate, training.candidate_sha256)
-    report = Report(
+    comparison: Comparison,
+) -> Report:
+    model = load_model(store, exported_key(run_id, SAFETENSORS), training.candidate_sha256)
+    return Report(
         format_version=FORMAT_VERSION,
         run_id=run_id,
         finished=training.finished,
@@ -179,15 +248,18 @@ def _render(
         device=training.device,
         training_seconds=training.wall_seconds,
         evaluation=evaluation,
+        comparison=comparison,
         versions=versions,
+        lineage={
+            **lineage,
+            "dataset": f"{manifest.dataset} {manifest.digest}",
+            "test images": evaluation.test_digest,
+            "recipe": str(parameters.get("recipe")),
+            "seed": str(parameters.get("seed")),
+            "checkpoint": training.candidate,
+            "model": training.candidate_sha256,
+        },
     )
-    images, _ = read_rows(store, manifest, "test")
-    return {
-        MODEL: store.read(training.candidate),
-        EVENTS: render_events(training.history),
-        "report.json": report.model_dump_json(indent=2).encode(),
-        "report.html": render_html(report, [images[mistake.row] for mistake in evaluation.mistakes]).encode(),
-    }
 
 
 def _point_latest(store: Store, run_id: str) -> None:

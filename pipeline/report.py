@@ -16,8 +16,10 @@ from pydantic import BaseModel, ConfigDict
 from tensorboardX import SummaryWriter
 
 from pipeline.checkpoint import History
-from pipeline.evaluate import Evaluation, Mistake
+from pipeline.evaluate import Evaluation
 from pipeline.idx import Pixels
+from pipeline.metrics import Mistake
+from pipeline.promotion import Comparison
 from pipeline.train import Training
 
 # Of EpochMetrics.
@@ -65,7 +67,9 @@ class Report(BaseModel):
     device: str
     training_seconds: float
     evaluation: Evaluation
+    comparison: Comparison
     versions: dict[str, str]
+    lineage: dict[str, str]
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,11 @@
-"""One run: its configuration, its record, and the five steps from a source to a published model.
+"""One run: its configuration, its record, and the steps from a source to a published model and perhaps a champion.
 
 Each step is safe to repeat: it finds what an earlier attempt finished and goes on from there.
 """
 
 import contextlib
 import importlib.metadata
+import logging
 import platform
 import subprocess
 from collections.abc import Mapping
@@ -13,19 +14,24 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import psutil
+import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 import pipeline.cluster
 import pipeline.download
 import pipeline.evaluate
 import pipeline.publish
+import pipeline.registry
 import pipeline.train
 from pipeline.catalog import CATALOG
 from pipeline.cluster import ClusterConfig, check_cluster, run_on_ray
 from pipeline.download import SourceConfig, check_source, identity
 from pipeline.errors import ConfigError
-from pipeline.evaluate import Evaluation
+from pipeline.evaluate import Evaluation, Exported
 from pipeline.loader import LoadConfig
+from pipeline.predictions import read_predictions
+from pipeline.promotion import Comparison, PromoteConfig
 from pipeline.publish import Published
 from pipeline.recipe import TrainConfig, TuneConfig, encode_recipe
 from pipeline.sharding import ShardConfig, dataset_folder, run_in_threads, write_shards
@@ -37,8 +43,17 @@ from pipeline.train import OnEpoch, OnNow, Training, staging
 if TYPE_CHECKING:
     from pipeline.tune import Tuned
 
+log = logging.getLogger(__name__)
+
 # A run that goes on may do so on other workers, from another source; whatever decides its result has to stay.
-MAY_CHANGE = {"storage", "source", "checkpoint_steps", "checkpoint_seconds", *ClusterConfig.model_fields}
+MAY_CHANGE = {
+    "storage",
+    "source",
+    "checkpoint_steps",
+    "checkpoint_seconds",
+    *ClusterConfig.model_fields,
+    *PromoteConfig.model_fields,
+}
 RAY_FROM_BYTES = 2**30
 RECORDED_PACKAGES = ("lenet-pipeline", "torch", "torchvision", "ray", "pyarrow", "prefect", "s3fs", "numpy")
 
@@ -47,7 +62,7 @@ class DataConfig(StorageConfig, ShardConfig, SourceConfig):
     """All parameters of a dataset in the store."""
 
 
-class RunConfig(ClusterConfig, TrainConfig, LoadConfig, DataConfig):
+class RunConfig(PromoteConfig, ClusterConfig, TrainConfig, LoadConfig, DataConfig):
     """All parameters of a run: the flow's, the command line's and the record's."""
 
     run_id: str | None = Field(
@@ -70,12 +85,13 @@ Config = TypeVar("Config", bound=DataConfig)
 
 
 class RunRecord(BaseModel):
-    """What a run was begun with, kept in the store: parameters and the versions of all that computes."""
+    """What a run was begun with, kept in the store: parameters, the versions of all that computes, and where from."""
 
     model_config = ConfigDict(frozen=True)
 
     parameters: dict[str, Any]
     versions: dict[str, str]
+    lineage: dict[str, str] = {}
 
 
 def config_of(parameters: Mapping[str, Any], kind: type[Config] = RunConfig) -> Config:  # type: ignore[assignment]
@@ -138,7 +154,8 @@ def begin(config: RunConfig, run_id: str) -> RunConfig:
     # The recipe's own values are recorded as if they had been given: what a name means may change one day.
     recipe = asdict(config.resolved())
     resolved = {name: value for name, value in (recipe | recipe["augment"]).items() if name in TrainConfig.model_fields}
-    record = RunRecord(parameters=config.model_dump(mode="json") | resolved, versions=_versions())
+    parameters = config.model_dump(mode="json") | resolved
+    record = RunRecord(parameters=parameters, versions=_versions(), lineage=_lineage())
     begun = RunRecord.model_validate_json(store.keep(key, record.model_dump_json(indent=2).encode()))
     _require_same(begun.parameters, record.parameters)
     return config
@@ -199,18 +216,44 @@ def train(config: RunConfig, manifest: Manifest, on_epoch: OnEpoch, on_now: OnNo
     return pipeline.train.fit(store, run_id, manifest, config, config, config, on_epoch, on_now)
 
 
-def evaluate(config: RunConfig, manifest: Manifest, training: Training) -> Evaluation:
-    """Judge the candidate as it lies in the store."""
-    return pipeline.evaluate.evaluate(open_store(config.storage), _run_id(config), manifest, training)
+def export(config: RunConfig, manifest: Manifest, training: Training) -> Exported:
+    """Write the candidate in every form that is published."""
+    return pipeline.evaluate.export(open_store(config.storage), _run_id(config), manifest, training)
+
+
+def evaluate(config: RunConfig, manifest: Manifest, exported: Exported) -> Evaluation:
+    """Judge the candidate, in all its forms, as it lies in the store."""
+    cluster = ClusterConfig(workers=1, cpus_per_worker=1, gpu="no", ray_address=config.ray_address)
+    on_ray = partial(run_on_ray, cluster)
+    return pipeline.evaluate.evaluate(open_store(config.storage), _run_id(config), manifest, exported, on_ray)
 
 
 def publish(config: RunConfig, manifest: Manifest, training: Training, evaluation: Evaluation) -> Published:
-    """Publish model and report under runs/<run id>/ and let `latest` point there."""
-    store = open_store(config.storage)
-    record = read_record(store, _run_id(config))
-    return pipeline.publish.publish(
-        store, _run_id(config), record.parameters, record.versions, manifest, training, evaluation
+    """Publish model and report under runs/<run id>/ and let `latest` point there.
+
+    What the report says of the champion is what is found now, and kept: another attempt says the same.
+    """
+    store, run_id = open_store(config.storage), _run_id(config)
+    record = read_record(store, run_id)
+    found = pipeline.registry.held_against_champion(
+        store, config, evaluation, lambda: read_predictions(store, staging(run_id), evaluation.predictions)
     )
+    kept = store.keep(f"{staging(run_id)}/comparison.json", found.model_dump_json(indent=2).encode())
+    comparison = Comparison.model_validate_json(kept)
+    return pipeline.publish.publish(
+        store, run_id, record.parameters, record.versions, record.lineage, manifest, training, evaluation, comparison
+    )
+
+
+def promote(config: RunConfig) -> Comparison:
+    """Register the published run as a version of its model, and let it be the champion if it is better."""
+    store = open_store(config.storage)
+    version = pipeline.registry.register(store, config.model, _run_id(config))
+    comparison = pipeline.registry.promote(store, config, version)
+    log.info(
+        "%s is %s: %s", version, "the champion" if comparison.promoted else "registered", "; ".join(comparison.reasons)
+    )
+    return comparison
 
 
 def tune(config: TuneRunConfig) -> "Tuned":
@@ -237,6 +280,8 @@ def outcome(step: str, config: RunConfig) -> str | None:
             found = None if folder is None else find_manifest(store, folder)
         case "train":
             found = pipeline.train.find_training(store, _run_id(config))
+        case "export":
+            found = pipeline.evaluate.find_export(store, _run_id(config))
         case "evaluate":
             found = pipeline.evaluate.find_evaluation(store, _run_id(config))
         case _:
@@ -271,6 +316,18 @@ def _require_same(begun: dict[str, Any], now: dict[str, Any]) -> None:
 def _versions() -> dict[str, str]:
     packages = {name: importlib.metadata.version(name) for name in RECORDED_PACKAGES}
     return {"code": _commit(), "python": platform.python_version(), **packages}
+
+
+def _lineage() -> dict[str, str]:
+    """What else the result may depend on: the locked set of packages (sha256 of the lock, hex) and the machine."""
+    lock = Path(__file__).parents[1] / "requirements.lock"
+    memory = psutil.virtual_memory().total / 2**30
+    return {
+        "lock": sha256(lock.read_bytes()) if lock.is_file() else "unknown",
+        "hardware": f"{platform.machine()}, {psutil.cpu_count()} CPUs with {torch.backends.cpu.get_cpu_capability()}, "
+        f"{memory:.0f} GiB, {torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU'}",
+        "system": platform.platform(),
+    }
 
 
 def _commit() -> str:

@@ -7,9 +7,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from pipeline.checkpoint import EpochMetrics
-from pipeline.errors import DataError
 from pipeline.progress import ENDED, PROGRESS
-from pipeline.publish import find_run, run_folder
+from pipeline.publish import find_run, read_report
 from pipeline.report import Report
 from pipeline.run import read_record
 from pipeline.storage import Store
@@ -69,13 +68,6 @@ def compare_runs(store: Store, first: str, second: str) -> list[Difference]:
         for what in one | other
         if one.get(what) != other.get(what)
     ]
-
-
-def read_report(store: Store, run_id: str) -> Report:
-    """The report of a published run."""
-    if find_run(store, run_id) is None:
-        raise DataError(f"{store.locate(run_folder(run_id))}: no published run; lenet runs lists them")
-    return Report.model_validate_json(store.read(f"{run_folder(run_id)}/report.json"))
 
 
 def _summary(store: Store, run_id: str, found: set[str]) -> RunSummary:

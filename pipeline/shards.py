@@ -7,7 +7,7 @@ written last: no manifest, no dataset. The same input gives the same bytes and t
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
@@ -195,6 +195,18 @@ def read_rows(
         for done in [pool.submit(load, *part) for part in overlapping(manifest.splits[split], start, stop)]:
             done.result()
     return images, labels
+
+
+def pick_images(store: Store, manifest: Manifest, split: str, rows: Sequence[int]) -> Pixels:
+    """Images uint8 (n, height, width) of these rows of a split, in their order; a shard at a time is in memory."""
+    images = np.empty((len(rows), *manifest.image_shape), np.uint8)
+    for number, first_row in overlapping(manifest.splits[split], 0, manifest.rows(split)):
+        stop = first_row + manifest.splits[split][number].rows
+        inside = [place for place, row in enumerate(rows) if first_row <= row < stop]
+        if inside:
+            pixels, _ = read_shard(store, manifest, split, number)
+            images[inside] = pixels[[rows[place] - first_row for place in inside]]
+    return images
 
 
 def overlapping(shards: tuple[Shard, ...], start: int, stop: int) -> Iterator[tuple[int, int]]:

@@ -13,6 +13,7 @@ import re
 import time
 import uuid
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -34,6 +35,9 @@ S3_READ_TIMEOUT_S = 15
 S3_ATTEMPTS = 2  # by s3fs, when a server breaks off or errs in the middle of a call; botocore retries once in each
 S3_OUTAGE_S = 30  # how long a server that is not there is waited for: a restart
 S3_OUTAGE_POLL_S = 0.5
+
+
+_TEMPORARY = re.compile(r"(^|/)\.[^/]+\.(tmp|lock)$")
 
 
 class StorageConfig(BaseModel):
@@ -94,6 +98,16 @@ class Store:
             found = self.fs.find(self.path(prefix), detail=True)
         # SeaweedFS lists a folder that has been emptied.
         return sorted(path.removeprefix(self.root + "/") for path, info in found.items() if info["type"] == "file")
+
+    def modified(self, key: str) -> datetime:
+        """When the object was written, in UTC."""
+        with self._explained(key):
+            modified: datetime = self.fs.modified(self.path(key))
+        return modified.astimezone(UTC)
+
+    def leftovers(self) -> list[str]:
+        """Keys of what is no object: probes and temporary files of writers that were killed."""
+        return [key for key in self.keys("") if key.startswith(".probe-")]
 
     def delete(self, prefix: str) -> None:
         """Remove the object or folder, if it is there."""
@@ -182,7 +196,11 @@ class LocalStore(Store):
 
     def keys(self, prefix: str) -> list[str]:
         # A killed writer leaves its temporary file or its lock behind: neither is an object.
-        return [key for key in super().keys(prefix) if not re.search(r"(^|/)\.[^/]+\.(tmp|lock)$", key)]
+        return [key for key in super().keys(prefix) if not _TEMPORARY.search(key)]
+
+    def leftovers(self) -> list[str]:
+        # Locks stay: another writer may hold one that is old.
+        return [*super().leftovers(), *(key for key in super().keys("") if re.search(r"(^|/)\.[^/]+\.tmp$", key))]
 
     def _put(self, key: str, data: bytes) -> None:
         with self._written(key, data) as (temporary, target):

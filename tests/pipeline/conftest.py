@@ -1,5 +1,6 @@
 """What tests share: a few real images, a loopback server that can fail, runs that are ready to publish."""
 
+import copy
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,12 +12,18 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+import torch
+from torch.nn import functional as F
 
+from lenet.model import LeNet
 from lenet.recipe import RECIPES
+from lenet.step import normalise
+from pipeline.artifacts import ONNX, PT2, SAFETENSORS, artifact_of, encode_onnx, encode_pt2
 from pipeline.checkpoint import EpochMetrics, encode_model
 from pipeline.download import SourceConfig, cache_folder, fetch
 from pipeline.errors import DataError
-from pipeline.evaluate import Evaluation, evaluate
+from pipeline.evaluate import Evaluation, Exported, evaluate, exported_key
+from pipeline.promotion import Comparison
 from pipeline.publish import Published, publish
 from pipeline.shards import Manifest
 from pipeline.source import Source, open_source
@@ -123,26 +130,75 @@ class Receipts:
     run_id: str
     manifest: Manifest
     training: Training
+    exported: Exported
     evaluation: Evaluation
 
     def publish(self, store: Store, **parameters: object) -> Published:
-        given, versions = {"lr": 0.9, "seed": 0, **parameters}, {"code": "abc", "torch": "2"}
-        return publish(store, self.run_id, given, versions, self.manifest, self.training, self.evaluation)
+        given, versions = {"lr": 0.9, "seed": 0, "recipe": "seed", **parameters}, {"code": "abc", "torch": "2"}
+        comparison = Comparison(promoted=False, reasons=["promote is off for this run"])
+        return publish(store, self.run_id, given, versions, {"lock": "l", "hardware": "h"}, self.manifest,
+                       self.training, self.evaluation, comparison)  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def forms() -> Callable[[LeNet], dict[str, bytes]]:
+    """Function that gives a model's ONNX and torch.export forms, made once for each seed: the former takes 2 s."""
+    made: dict[bytes, dict[str, bytes]] = {}
+
+    def of(model: LeNet) -> dict[str, bytes]:
+        key = encode_model(model)
+        if key not in made:
+            made[key] = {ONNX: encode_onnx(model, 28), PT2: encode_pt2(model, 28)}
+        return made[key]
+
+    return of
 
 
 @pytest.fixture
-def trained(small_manifest: Callable[[Store], Manifest]) -> Callable[..., Receipts]:
-    """Function that leaves the receipts of a run with untrained weights in a store."""
+def trained(
+    small_manifest: Callable[[Store], Manifest],
+    forms: Callable[[LeNet], dict[str, bytes]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> Callable[..., Receipts]:
+    """Function that leaves the receipts of a run in a store, its weights untrained or those of a model given."""
+    monkeypatch.setattr("pipeline.probe.PATIENCE_S", 0.01)  # how fast a model is, is not what is tested
 
-    def make(store: Store, run_id: str, finished: datetime = FINISHED, seed: int = 0) -> Receipts:
+    def make(
+        store: Store, run_id: str, finished: datetime = FINISHED, seed: int = 0, model: LeNet | None = None
+    ) -> Receipts:
         manifest = small_manifest(store)
-        candidate = encode_model(RECIPES["seed"].build_model(10, seed))
+        model = model or RECIPES["seed"].build_model(10, seed)
+        candidate = encode_model(model)
         key = f"{staging(run_id)}/candidate.safetensors"
         store.put(key, candidate)
         epoch = EpochMetrics(epoch=1, train_loss=2.3, train_accuracy=0.1, held_out_loss=2.3, held_out_accuracy=0.1,
                              seconds=1.0, images_per_second=600.0, world_size=2)  # fmt: skip
         training = Training(history=[epoch], candidate=key, candidate_sha256=sha256(candidate), parameters=61_706,
                             world_size=2, device="cpu", wall_seconds=1.0, finished=finished)  # fmt: skip
-        return Receipts(run_id, manifest, training, evaluate(store, run_id, manifest, training))
+        every_form = {SAFETENSORS: candidate, **forms(model)}
+        for name, data in every_form.items():
+            store.put(exported_key(run_id, name), data)
+        exported = Exported(
+            candidate_sha256=sha256(candidate), forms={name: artifact_of(data) for name, data in every_form.items()}
+        )
+        store.put(f"{staging(run_id)}/export.json", exported.model_dump_json().encode())
+        return Receipts(run_id, manifest, training, exported, evaluate(store, run_id, manifest, exported))
 
     return make
+
+
+@pytest.fixture(scope="session")
+def good_models(small_splits: "Splits") -> list[LeNet]:
+    """Four models, each better on the small test split than the one before, after 0 to 60 passes of training."""
+    model = RECIPES["modern"].build_model(10, 0, 0.0, 1.0)
+    optimizer = torch.optim.Adam(model.parameters(), 0.002)
+    images, labels = (torch.from_numpy(array) for array in small_splits["train"])
+    found, generator = [copy.deepcopy(model)], torch.Generator().manual_seed(0)
+    for passes in (1, 2, 60):
+        for _ in range(passes):
+            for batch in torch.randperm(len(labels), generator=generator).split(60):
+                optimizer.zero_grad()
+                F.cross_entropy(model(normalise(images[batch])), labels[batch].long()).backward()
+                optimizer.step()
+        found.append(copy.deepcopy(model))
+    return found

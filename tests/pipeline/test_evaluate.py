@@ -1,108 +1,141 @@
-"""Proves that the verdict on a model is what the textbook formulas say, and is only ever passed on the right bytes."""
+"""Proves that every form of the very candidate is judged, on every test image, and forms that differ are refused."""
 
-import math
-from typing import TYPE_CHECKING
+import os
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from sklearn.metrics import accuracy_score, log_loss
 
+from lenet.model import LeNet
 from lenet.recipe import RECIPES
+from pipeline import evaluate as module
+from pipeline.artifacts import FORMS, ONNX, PT2, SAFETENSORS, artifact_of, open_form, predictor
 from pipeline.checkpoint import encode_model
 from pipeline.errors import DataError
-from pipeline.evaluate import MISTAKES_KEPT, Probabilities, judge, load_model, predict, worst_mistakes
-from pipeline.idx import Pixels
+from pipeline.evaluate import (
+    Exported,
+    FormCheck,
+    evaluate,
+    export,
+    exported_key,
+    find_evaluation,
+    load_model,
+    require_agreement,
+)
+from pipeline.predictions import read_predictions
 from pipeline.storage import Store, sha256
+from pipeline.train import staging
 
 if TYPE_CHECKING:
     from tests.conftest import Splits
+    from tests.pipeline.conftest import Receipts
 
-NAMES = ("shirt", "shoe", "bag")
-
-
-def random_verdicts(seed: int, count: int) -> tuple[Probabilities, Pixels]:
-    generator = np.random.default_rng(seed)
-    return generator.dirichlet(np.ones(3), size=count), generator.integers(0, 3, count).astype(np.uint8)
+Trained = Callable[..., "Receipts"]
 
 
-def wilson(correct: int, total: int) -> tuple[float, float]:
-    """E. B. Wilson, 1927: the 95% interval of a proportion."""
-    z, share = 1.959963984540054, correct / total
-    centre = (share + z**2 / (2 * total)) / (1 + z**2 / total)
-    half = z / (1 + z**2 / total) * math.sqrt(share * (1 - share) / total + z**2 / (4 * total**2))
-    return centre - half, centre + half
+def test_a_candidate_is_exported_once_and_all_its_forms_are_judged_equal(
+    store: Store, trained: Trained, small_splits: "Splits", good_models: list[LeNet]
+) -> None:
+    left = trained(store, "r", model=good_models[-1])
+    for key in (
+        *store.keys(f"{staging('r')}/export"),
+        f"{staging('r')}/export.json",
+        f"{staging('r')}/evaluation.json",
+    ):
+        store.delete(key)
+    exported = export(store, "r", left.manifest, left.training)
+    assert tuple(exported.forms) == FORMS
+    assert export(store, "r", left.manifest, left.training) == exported
+    found = evaluate(store, "r", left.manifest, exported)
+    images, labels = small_splits["test"]
+    logits = open_form(SAFETENSORS, store.read(left.training.candidate))(images)
+    assert found.images == 200
+    assert found.accuracy == accuracy_score(labels, logits.argmax(axis=1)) > 0.6
+    p = np.exp(logits.astype(np.float64))
+    assert found.loss == pytest.approx(log_loss(labels, p / p.sum(axis=1, keepdims=True)))
+    assert {check.correct for check in found.forms.values()} == {found.correct}
+    assert found.forms[SAFETENSORS].largest_difference == 0
+    assert max(check.largest_difference for check in found.forms.values()) < 1e-4
+    assert [speed.batch for speed in found.speed] == [1, 256]
+    assert len(found.robustness) == 12
+    assert find_evaluation(store, "r") == found
+    assert evaluate(store, "r", left.manifest, exported) == found
 
 
-@given(seed=st.integers(0, 2**32), count=st.integers(1, 60))
-def test_every_figure_is_what_its_formula_says(seed: int, count: int) -> None:
-    probabilities, labels = random_verdicts(seed, count)
-    verdict = judge(probabilities, labels, NAMES)
-    predicted = [max(range(3), key=row.__getitem__) for row in probabilities.tolist()]
-    pairs = list(zip(labels.tolist(), predicted, strict=True))
-    hits = [sum(pair == (k, k) for pair in pairs) for k in range(3)]
-
-    assert verdict["images"] == count
-    assert verdict["correct"] == sum(hits)
-    assert verdict["accuracy"] == pytest.approx(sum(hits) / count)
-    assert (verdict["accuracy_low"], verdict["accuracy_high"]) == pytest.approx(wilson(sum(hits), count), abs=1e-9)
-    losses = [-math.log(probabilities[row, label]) for row, label in enumerate(labels)]
-    assert verdict["loss"] == pytest.approx(sum(losses) / count)
-    assert verdict["confusion"] == [[pairs.count((label, guess)) for guess in range(3)] for label in range(3)]
-    for k, found in enumerate(verdict["classes"]):
-        precision = hits[k] / max(1, predicted.count(k))
-        recall = hits[k] / max(1, labels.tolist().count(k))
-        f1 = 2 * precision * recall / (precision + recall) if hits[k] else 0
-        assert (found.name, found.support) == (NAMES[k], labels.tolist().count(k))
-        assert (found.precision, found.recall, found.f1) == pytest.approx((precision, recall, f1))
+def test_predictions_of_every_row_are_kept(store: Store, trained: Trained, small_splits: "Splits") -> None:
+    left = trained(store, "r")
+    assert len(left.evaluation.predictions) == len(left.manifest.splits["test"]) == 2
+    parts = list(read_predictions(store, staging("r"), left.evaluation.predictions))
+    images, labels = small_splits["test"]
+    logits = np.concatenate([part.logits for part in parts])
+    expected = open_form(SAFETENSORS, store.read(left.training.candidate))(images)
+    np.testing.assert_allclose(logits, expected, atol=1e-5)
+    assert np.array_equal(np.concatenate([part.labels for part in parts]), labels)
+    assert sum(int(part.right.sum()) for part in parts) == left.evaluation.correct
 
 
-@pytest.mark.parametrize("right", [True, False])
-def test_the_interval_holds_at_its_ends(right: bool) -> None:
-    labels = np.zeros(50, np.uint8)
-    probabilities = np.tile([0.8, 0.1, 0.1] if right else [0.1, 0.8, 0.1], (50, 1))
-    verdict = judge(probabilities, labels, NAMES)
-    assert verdict["accuracy"] == right
-    assert (verdict["accuracy_low"], verdict["accuracy_high"]) == pytest.approx(wilson(50 * right, 50))
+def in_processes(work: Callable[[Any], Any], tasks: Any) -> Any:
+    """As Ray's tasks do it: what goes there and back is pickled."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        yield from pool.map(work, tasks)
 
 
-def test_the_worst_mistakes_come_first_and_ties_by_row() -> None:
-    probabilities = np.array([[0.6, 0.4], [0.1, 0.9], [0.9, 0.1], [0.2, 0.8], [0.1, 0.9]])
-    labels = np.array([1, 0, 0, 0, 0], np.uint8)
-    found = worst_mistakes(probabilities, labels)
-    assert [(m.row, m.label, m.predicted, m.probability, m.label_probability) for m in found] == [
-        (1, 0, 1, 0.9, 0.1),
-        (4, 0, 1, 0.9, 0.1),
-        (3, 0, 1, 0.8, 0.2),
-        (0, 1, 0, 0.6, 0.4),
-    ]
+def test_shards_judged_in_other_processes_give_the_same_verdict(
+    local_store: Store, trained: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = trained(local_store, "r")
+    local_store.delete(f"{staging('r')}/evaluation.json")
+    monkeypatch.setattr(module, "ON_RAY_FROM", 1)
+    monkeypatch.setenv("OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "1"))
+    again = evaluate(local_store, "r", left.manifest, left.exported, in_processes)
+    apart = {"seconds", "speed"}
+    assert again.model_dump(exclude=apart) == left.evaluation.model_dump(exclude=apart)
 
 
-def test_of_equal_mistakes_the_first_rows_are_kept() -> None:
-    probabilities = np.tile([0.2, 0.7, 0.1], (500, 1))
-    probabilities[::3] = [0.05, 0.9, 0.05]
-    found = worst_mistakes(probabilities, np.zeros(500, np.uint8))
-    assert [mistake.row for mistake in found] == [3 * place for place in range(MISTAKES_KEPT)]
+@pytest.mark.parametrize("name", FORMS)
+def test_a_form_that_was_altered_after_export_is_refused(local_store: Store, trained: Trained, name: str) -> None:
+    left = trained(local_store, "r")
+    local_store.delete(f"{staging('r')}/evaluation.json")
+    data = bytearray(local_store.read(exported_key("r", name)))
+    data[len(data) // 2] ^= 1
+    local_store.put(exported_key("r", name), bytes(data))
+    with pytest.raises(DataError, match=rf"export/{name}: its sha256 is not the recorded"):
+        evaluate(local_store, "r", left.manifest, left.exported)
+    assert find_evaluation(local_store, "r") is None
 
 
-@given(seed=st.integers(0, 2**32), count=st.integers(1, 200))
-def test_the_mistakes_kept_are_the_surest_of_all(seed: int, count: int) -> None:
-    probabilities, labels = random_verdicts(seed, count)
-    found = worst_mistakes(probabilities, labels)
-    wrong = [row for row in range(count) if probabilities[row].argmax() != labels[row]]
-    assert len(found) == min(len(wrong), MISTAKES_KEPT)
-    surest = sorted(wrong, key=lambda row: -probabilities[row].max())
-    assert [mistake.row for mistake in found] == surest[: len(found)]
+@pytest.mark.parametrize("name", [ONNX, PT2])
+def test_a_form_of_another_model_is_refused(
+    local_store: Store, trained: Trained, forms: Callable[[LeNet], dict[str, bytes]], name: str
+) -> None:
+    left = trained(local_store, "r")
+    local_store.delete(f"{staging('r')}/evaluation.json")
+    other = forms(RECIPES["seed"].build_model(10, 1))[name]
+    local_store.put(exported_key("r", name), other)
+    exported = Exported(
+        candidate_sha256=left.exported.candidate_sha256, forms=left.exported.forms | {name: artifact_of(other)}
+    )
+    with pytest.raises(DataError, match=f"{name}: its logits differ from those of {SAFETENSORS} by up to"):
+        evaluate(local_store, "r", left.manifest, exported)
+    assert find_evaluation(local_store, "r") is None
 
 
-def test_predictions_do_not_depend_on_the_batches(small_splits: "Splits", monkeypatch: pytest.MonkeyPatch) -> None:
-    model, images = RECIPES["seed"].build_model(10, seed=0), small_splits["test"][0]
-    whole = predict(model, images)
-    monkeypatch.setattr("pipeline.evaluate.BATCH", 7)
-    np.testing.assert_allclose(predict(model, images), whole, rtol=1e-5)
-    assert whole.shape == (200, 10)
-    assert whole.dtype == np.float64
+@pytest.mark.parametrize(
+    ("difference", "correct", "message"),
+    [(2e-4, 7, "its logits differ"), (float("nan"), 7, "its logits differ"), (0, 6, "6 test images right")],
+)
+def test_forms_that_are_not_one_model_are_refused(difference: float, correct: int, message: str) -> None:
+    def check(difference: float, correct: int) -> FormCheck:
+        return FormCheck(bytes=1, sha256="s", largest_difference=difference, correct=correct)
+
+    require_agreement({SAFETENSORS: check(0, 7), ONNX: check(9e-5, 7)})
+    with pytest.raises(DataError, match=f"{ONNX}: {message}"):
+        require_agreement({SAFETENSORS: check(0, 7), ONNX: check(difference, correct)})
 
 
 def test_a_stored_model_predicts_as_the_one_in_memory(store: Store, small_splits: "Splits") -> None:
@@ -111,8 +144,10 @@ def test_a_stored_model_predicts_as_the_one_in_memory(store: Store, small_splits
     store.put("candidate", data)
     loaded = load_model(store, "candidate", sha256(data))
     assert not loaded.training
+    weights = loaded.state_dict()
+    assert all(torch.equal(weights[name], value) for name, value in model.state_dict().items())
     images = small_splits["test"][0]
-    assert np.array_equal(predict(loaded, images), predict(model, images))
+    assert np.array_equal(predictor(loaded)(images), predictor(model)(images))
 
 
 @pytest.mark.parametrize("position", [0, 20, -1])
@@ -125,12 +160,3 @@ def test_altered_weights_are_refused(local_store: Store, position: int) -> None:
         load_model(local_store, "candidate", sha256(data))
     where = local_store.locate("candidate")
     assert str(raised.value) == f"{where}: its sha256 is not the recorded {sha256(data)[:12]}…; run anew"
-
-
-def test_a_model_that_knows_the_answers_is_judged_perfect(small_splits: "Splits") -> None:
-    labels = small_splits["test"][1]
-    sure = torch.nn.functional.one_hot(torch.from_numpy(labels).long(), 10).double().numpy()
-    verdict = judge(sure, labels, tuple("abcdefghij"))
-    assert (verdict["accuracy"], verdict["mistakes"]) == (1, [])
-    assert verdict["loss"] == pytest.approx(0, abs=1e-12)
-    assert all(found.f1 == 1 for found in verdict["classes"])

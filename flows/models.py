@@ -1,0 +1,131 @@
+"""`lenet models` and what can be done with a published model: promote, rollback, verify, export, reproduce, gc."""
+
+import logging
+from datetime import timedelta
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+from cyclopts.validators import Number
+from rich.console import Console
+from rich.table import Table
+
+import pipeline.registry
+import pipeline.reproduce
+import pipeline.verify
+from flows.display import Display
+from flows.options import DEFAULT_STORAGE, Storage
+from flows.runs import plain_console
+from pipeline.errors import DataError
+from pipeline.publish import copy_run
+from pipeline.registry import DEFAULT_MODEL, find_champion, find_decision, find_place, list_models, list_versions
+from pipeline.storage import open_store
+from pipeline.strays import find_strays, remove
+
+Model = Annotated[str, Parameter(help="Name of the model.")]
+
+
+def models(*, storage: Storage = DEFAULT_STORAGE) -> None:
+    """List the models' versions: which is the champion, how good each is, and what was decided about it."""
+    store, console = open_store(storage), plain_console()
+    table = Table("model", "version", "", "run", "accuracy", "finished", "decision", box=None)
+    for name in list_models(store):
+        champion = find_champion(store, name)
+        for version in list_versions(store, name):
+            decision = find_decision(store, version)
+            table.add_row(
+                name,
+                str(version.version),
+                "champion" if champion is not None and champion.version == version.version else "",
+                version.run_id,
+                f"{version.accuracy:.4f}",
+                f"{version.finished:%Y-%m-%d %H:%M} UTC",
+                "" if decision is None else "; ".join(decision.reasons),
+            )
+    console.print(table if table.row_count else f"no model yet: {store.url}", soft_wrap=True)
+
+
+def promote(
+    version: Annotated[int, Parameter(validator=Number(gte=1))],
+    *,
+    model: Model = DEFAULT_MODEL,
+    storage: Storage = DEFAULT_STORAGE,
+) -> None:
+    """Make a version the champion, whatever the rule says of it.
+
+    Args:
+        version: Its number, as lenet models lists it.
+    """
+    champion = pipeline.registry.promote_by_hand(open_store(storage), model, version)
+    print(f"champion of {model}: version {champion.version} ({champion.run_id})")
+
+
+def rollback(*, model: Model = DEFAULT_MODEL, storage: Storage = DEFAULT_STORAGE) -> None:
+    """Make the version that was champion before this one the champion again."""
+    champion = pipeline.registry.roll_back(open_store(storage), model)
+    print(f"champion of {model}: version {champion.version} ({champion.run_id})")
+
+
+def verify(url: str) -> None:
+    """Prove a published run: its hashes, every number in its report, and that all forms of its model agree.
+
+    Args:
+        url: A run's folder (STORE/runs/ID), a version (STORE/models/NAME/versions/N), a model (STORE/models/NAME: its
+            champion) or a store (the champion of lenet).
+    """
+    for line in pipeline.verify.verify(url):
+        print(f"ok  {line}", flush=True)
+    print(f"verified: {url}")
+
+
+def export(url: str, output: Path) -> None:
+    """Write a published model to a folder: model.safetensors, model.onnx, model.pt2 and its card.
+
+    Args:
+        url: Where the model is, as for lenet verify.
+        output: Folder to write to.
+    """
+    place = find_place(url)
+    for file in copy_run(place.store, place.run_id, output):
+        print(f"{place}: {file}")
+
+
+def reproduce(run_id: str, *, storage: Storage = DEFAULT_STORAGE, ray_address: str | None = None) -> None:
+    """Do a run's training again, and say whether the same model came of it, byte for byte.
+
+    Args:
+        run_id: The run's id.
+        ray_address: Ray cluster to train on: auto or host:port. A local Ray is started if not given.
+    """
+    logging.getLogger("pipeline").setLevel(logging.INFO)
+    with Display(Console()):
+        found = pipeline.reproduce.reproduce(open_store(storage), run_id, ray_address)
+    for difference in found.differences:
+        print(f"other than then: {difference}")
+    if not found.same:
+        raise DataError(
+            f"run {run_id}: not reproduced, weights differ by up to {found.largest_difference:.2g} (sha256 "
+            f"{found.found_sha256[:12]}… and not {found.expected_sha256[:12]}…); see what was other than then"
+        )
+    print(f"reproduced: {run_id}, model.safetensors is the same byte for byte, sha256 {found.found_sha256}")
+
+
+def gc(
+    *,
+    storage: Storage = DEFAULT_STORAGE,
+    older_than_hours: Annotated[float, Parameter(validator=Number(gte=0))] = 24,
+    delete: bool = False,
+) -> None:
+    """List what publishers and others that were killed have left in the store; with --delete, remove it.
+
+    Args:
+        older_than_hours: What is younger is left alone: somebody may be at work on it.
+        delete: Remove what is listed.
+    """
+    store = open_store(storage)
+    strays = find_strays(store, timedelta(hours=older_than_hours))
+    for stray in strays:
+        print(f"{store.locate(stray.key)}  {stray.modified:%Y-%m-%d %H:%M} UTC  {stray.why}")
+    if delete:
+        remove(store, strays)
+    print(f"{len(strays)} strays{' removed' if delete else ''}")

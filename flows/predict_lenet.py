@@ -1,0 +1,29 @@
+"""The flow `predict-lenet`: one task, one call into `pipeline.batch`."""
+
+import logging
+from typing import Annotated, Any
+
+from prefect import flow, task
+from prefect.artifacts import create_markdown_artifact
+
+from flows.parameters import with_parameters
+from flows.train_lenet import STEP
+from pipeline import batch
+from pipeline.batch import BatchReport, PredictConfig, render_batch
+from pipeline.run import config_of
+
+
+@task(**STEP)  # as long as it takes: a job that broke off goes on where it stopped
+def predict(config: PredictConfig) -> BatchReport:
+    """Predict all images of the source, and show in Prefect what came of it."""
+    report = batch.predict_batch(config)
+    create_markdown_artifact(render_batch(report), key="predictions")
+    return report
+
+
+@flow(name="predict-lenet")
+@with_parameters(PredictConfig, lambda field, text: Annotated[field.annotation, field])
+def predict_lenet(**parameters: Any) -> BatchReport:
+    """Predict pictures or Parquet with a published model, on Ray, and publish the predictions as Parquet."""
+    logging.getLogger("pipeline").setLevel(logging.INFO)
+    return predict(config_of(parameters, PredictConfig))  # type: ignore[type-var]

@@ -1,0 +1,160 @@
+"""Pictures as people have them, made into what a model was trained on; and what the model says of them.
+
+A model knows light objects on black, upright, small and square. A photo may be none of that.
+"""
+
+import io
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps, UnidentifiedImageError
+from pydantic import BaseModel, ConfigDict
+from scipy.special import softmax
+
+from pipeline.errors import DataError
+from pipeline.idx import Pixels
+from pipeline.own import BATCH, shown
+from pipeline.pictures import FORMATS, MAX_PIXELS, _grey
+
+if TYPE_CHECKING:
+    from pipeline.registry import Served
+
+Invert = Literal["auto", "yes", "no"]
+Probabilities = npt.NDArray[np.float64]
+THREADS = min(8, os.cpu_count() or 1)
+MIDDLE = 127  # a border brighter than this is a light background: so are 2 of Fashion-MNIST's 70,000 images
+
+
+class Prepared(NamedTuple):
+    """A picture as a model takes it, uint8 (size, size), and what was done to it: whether light and dark were
+    exchanged, and its height and width before it was resized, None if it had the size."""
+
+    image: Pixels
+    inverted: bool
+    resized_from: tuple[int, int] | None
+
+
+class Prediction(BaseModel):
+    """What a model says of one picture: the likeliest class, and the probabilities in the order of its classes."""
+
+    model_config = ConfigDict(frozen=True)
+
+    path: str
+    name: str
+    probability: float
+    probabilities: tuple[float, ...]
+    inverted: bool
+    resized_from: tuple[int, int] | None
+
+
+def predict_pictures(served: "Served", paths: Sequence[Path], invert: Invert = "auto") -> list[Prediction]:
+    """What the model says of pictures, PNG or JPEG of any size. Raises DataError naming the first that is none."""
+    return list(_predicted(served, paths, invert))
+
+
+def _predicted(served: "Served", paths: Sequence[Path], invert: Invert) -> Iterator[Prediction]:
+    size = served.image_shape[0]
+
+    def prepare(path: Path) -> Prepared:
+        try:
+            return prepare_picture(path, size, invert)
+        except DataError as error:
+            raise DataError(f"{shown(str(path))}: {error}; give a whole PNG or JPEG") from None
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        for start in range(0, len(paths), BATCH):
+            batch = paths[start : start + BATCH]
+            prepared = list(pool.map(prepare, batch))
+            logits = served.predict(np.stack([picture.image for picture in prepared]))
+            for path, picture, row in zip(batch, prepared, probabilities(logits), strict=True):
+                best = int(row.argmax())
+                yield Prediction(
+                    path=str(path),
+                    name=served.classes[best],
+                    probability=row[best],
+                    probabilities=tuple(row.tolist()),
+                    inverted=picture.inverted,
+                    resized_from=picture.resized_from,
+                )
+
+
+def probabilities(logits: npt.NDArray[np.float32]) -> Probabilities:
+    """Probabilities (n, n_classes) of logits (n, n_classes), computed in float64."""
+    return np.asarray(softmax(logits.astype(np.float64), axis=1))
+
+
+def prepare_picture(encoded: Path | bytes, size: int, invert: Invert = "auto") -> Prepared:
+    """A PNG or JPEG, in a file or in memory, as a model takes it. Raises DataError with the reason it cannot be read.
+
+    It is turned as EXIF says, grey, padded to a square with its background and resized. What is on a light background
+    has light and dark exchanged; `invert` says yes or no to that for all. With "no", and the size of the model, a
+    picture is what `pipeline.pictures.decode_picture` makes of it.
+    """
+    grey = _open_grey(encoded, lift=invert == "auto")
+    pixels = np.asarray(grey, np.uint8)
+    ring = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    background = float(np.median(ring))
+    inverted = invert == "yes" or (invert == "auto" and background > MIDDLE)
+    if grey.size == (size, size):
+        return Prepared(_inverted(pixels) if inverted else pixels, inverted, None)
+    side = max(grey.size)
+    square = Image.new("L", (side, side), round(background))
+    square.paste(grey, ((side - grey.width) // 2, (side - grey.height) // 2))
+    # Pillow widens the filter when it shrinks.
+    resized = np.asarray(square.resize((size, size), Image.Resampling.BILINEAR), np.uint8)
+    return Prepared(_inverted(resized) if inverted else resized, inverted, (grey.height, grey.width))
+
+
+def prepare_batch(
+    pool: Executor, encoded: Sequence[Path | bytes], size: int, invert: Invert
+) -> tuple[Pixels, dict[int, str]]:
+    """Pictures uint8 (n, size, size), prepared side by side; those that cannot be read are black, and named by index
+    with the reason."""
+    images = np.zeros((len(encoded), size, size), np.uint8)
+    bad: dict[int, str] = {}
+
+    def prepare(index: int) -> None:
+        try:
+            images[index] = prepare_picture(encoded[index], size, invert).image
+        except DataError as error:
+            bad[index] = str(error)
+
+    list(pool.map(prepare, range(len(encoded))))
+    return images, dict(sorted(bad.items()))
+
+
+def _open_grey(encoded: Path | bytes, lift: bool) -> Image.Image:
+    try:
+        with Image.open(io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded, formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise DataError(f"{image.width}x{image.height} pixels, more than {MAX_PIXELS}")
+            upright = ImageOps.exif_transpose(image)
+            if lift and upright.has_transparency_data and not upright.mode.startswith("I"):
+                upright = _lifted(upright)
+            return _grey(upright)
+    except DataError:
+        raise
+    except UnidentifiedImageError:
+        raise DataError("neither PNG nor JPEG") from None
+    except OSError as error:
+        raise DataError(error.strerror or str(error).splitlines()[0]) from None
+    except Exception as error:  # Pillow has no common root for what broken files make it raise
+        raise DataError(str(error).splitlines()[0] if str(error) else type(error).__name__) from None
+
+
+def _lifted(image: Image.Image) -> Image.Image:
+    """What is light and drawn on nothing, put on black: on white, as the rest is put, nobody would see it."""
+    solid = image.convert("RGBA")
+    brightness = np.asarray(solid.convert("RGB").convert("L"))[np.asarray(solid.getchannel("A")) > MIDDLE]
+    if brightness.size and np.median(brightness) > MIDDLE:
+        return Image.alpha_composite(Image.new("RGBA", solid.size, "black"), solid)
+    return solid
+
+
+def _inverted(pixels: Pixels) -> Pixels:
+    return np.asarray(255 - pixels, np.uint8)

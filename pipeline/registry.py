@@ -1,0 +1,347 @@
+"""The models in a store: every run a version that nobody changes, one version the champion.
+
+    models/<name>/versions/<n>/version.json     conditional create: the run that this version is
+    models/<name>/versions/<n>/decision.json    conditional create: why it became the champion, or why not
+    models/<name>/champion.json                 conditional replace: which version is, and all that were
+
+There is no server: whoever can write to the store can publish, at the same time as others.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from itertools import count
+from typing import Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+
+from lenet.model import LeNet
+from pipeline.artifacts import SAFETENSORS, predictor, read_checked
+from pipeline.checkpoint import decode_model
+from pipeline.errors import ConfigError, DataError, StorageError
+from pipeline.evaluate import Evaluation
+from pipeline.idx import Pixels
+from pipeline.metrics import Logits
+from pipeline.predictions import Predictions, read_predictions
+from pipeline.promotion import Comparison, PromoteConfig, compare, first, incomparable
+from pipeline.publish import read_report, require_run, run_folder
+from pipeline.storage import Store, open_store, sha256
+
+ATTEMPTS = 50
+DEFAULT_MODEL: str = PromoteConfig.model_fields["model"].default
+
+
+class Version(BaseModel):
+    """One version of a model: the published run that it is, by the sha256 (hex) of its manifest."""
+
+    model_config = ConfigDict(frozen=True)
+
+    model: str
+    version: int
+    run_id: str
+    manifest: str
+    manifest_sha256: str
+    accuracy: float
+    test_digest: str
+    finished: datetime
+
+    def __str__(self) -> str:
+        return f"{self.model} version {self.version} ({self.run_id})"
+
+
+class Change(BaseModel):
+    """A version became the champion: by the rule, by hand, or because a later one was taken back."""
+
+    model_config = ConfigDict(frozen=True)
+
+    version: int
+    run_id: str
+    when: datetime
+    by: Literal["rule", "hand", "rollback"]
+    comparison: Comparison | None = None
+
+
+class Champion(BaseModel):
+    """The version in use, and every change that led to it, in order."""
+
+    model_config = ConfigDict(frozen=True)
+
+    model: str
+    version: int
+    run_id: str
+    changes: list[Change]
+
+
+@dataclass(frozen=True)
+class Served:
+    """A model that is ready to predict, with what has to be said of where it is from."""
+
+    place: str
+    version: Version | None
+    run_id: str
+    classes: tuple[str, ...]
+    image_shape: tuple[int, int]
+    model_sha256: str
+    model: LeNet
+
+    def predict(self, images: Pixels) -> Logits:
+        """Logits float32 (b, n_classes) of images uint8 (b, height, width)."""
+        return predictor(self.model)(images)
+
+
+def list_models(store: Store) -> list[str]:
+    """Names under which there is a version."""
+    return sorted({key.split("/")[1] for key in store.keys("models") if key.endswith("/version.json")})
+
+
+def list_versions(store: Store, model: str) -> list[Version]:
+    """All versions of a model, in order."""
+    keys = [key for key in store.keys(f"models/{model}/versions") if key.endswith("/version.json")]
+    return sorted((Version.model_validate_json(store.read(key)) for key in keys), key=lambda v: v.version)
+
+
+def require_version(store: Store, model: str, number: int) -> Version:
+    """One version; DataError when there is none of that number."""
+    key = f"{version_folder(model, number)}/version.json"
+    if not store.exists(key):
+        raise DataError(f"{store.locate(f'models/{model}')}: has no version {number}; lenet models lists them")
+    return Version.model_validate_json(store.read(key))
+
+
+def version_folder(model: str, number: int) -> str:
+    """Key of a version's folder."""
+    return f"models/{model}/versions/{number}"
+
+
+def find_champion(store: Store, model: str) -> Champion | None:
+    """The champion of a model; None before the first."""
+    key = champion_key(model)
+    return Champion.model_validate_json(store.read(key)) if store.exists(key) else None
+
+
+def require_champion(store: Store, model: str) -> Champion:
+    """The champion of a model; ConfigError before the first."""
+    champion = find_champion(store, model)
+    if champion is None:
+        raise ConfigError("model", store.url, f"there is no champion of {model}", "train one, or name a run's folder")
+    return champion
+
+
+def champion_key(model: str) -> str:
+    """Key of the alias."""
+    return f"models/{model}/champion.json"
+
+
+def register(store: Store, model: str, run_id: str) -> Version:
+    """Make a published run a version of the model, or find that it is one. Versions are numbered from 1, without gaps.
+
+    Whoever creates a number first has it. A second process with the same run, however slow, starts at a number not
+    above that of the first, and creating the very same bytes again is no error: so a run is one version.
+    """
+    manifest = require_run(store, run_id)
+    key = f"{run_folder(run_id)}/manifest.json"
+    known = list_versions(store, model)
+    for version in known:
+        if version.run_id == run_id:
+            return version
+    for number in count(len(known) + 1):
+        version = Version(
+            model=model,
+            version=number,
+            run_id=run_id,
+            manifest=key,
+            manifest_sha256=sha256(store.read(key)),
+            accuracy=manifest.accuracy,
+            test_digest=manifest.test_digest,
+            finished=manifest.finished,
+        )
+        content = version.model_dump_json(indent=2).encode()
+        if store.create(f"{version_folder(model, number)}/version.json", content):
+            return version
+    raise AssertionError("count() does not end")
+
+
+def held_against_champion(
+    store: Store, config: PromoteConfig, evaluation: Evaluation, predictions: Callable[[], Iterator[Predictions]]
+) -> Comparison:
+    """What the rule says of a model with this verdict and these predictions of the test split."""
+    champion = find_champion(store, config.model)
+    return _judge(store, config, champion, evaluation, predictions)
+
+
+def promote(store: Store, config: PromoteConfig, version: Version) -> Comparison:
+    """Make a version the champion if the rule says so; what it said. Asked again, it says the same.
+
+    The rule is asked again whenever another champion came between, so of many at once the best is left.
+    """
+    if decided := find_decision(store, version):
+        return decided
+    report = read_report(store, version.run_id)
+    folder, artifacts = run_folder(version.run_id), require_run(store, version.run_id).artifacts
+
+    comparison = first(config)
+
+    def decide(champion: Champion | None) -> Change | None:
+        nonlocal comparison
+        if champion is not None:
+            for change in champion.changes:
+                if change.version == version.version and change.comparison is not None:
+                    comparison = change.comparison
+                    return None
+        comparison = _judge(
+            store, config, champion, report.evaluation, lambda: read_predictions(store, folder, artifacts)
+        )
+        return _change(version, "rule", comparison) if comparison.promoted else None
+
+    _move(store, version.model, decide)
+    decision = f"{version_folder(version.model, version.version)}/decision.json"
+    kept = store.keep(decision, comparison.model_dump_json(indent=2).encode())
+    return Comparison.model_validate_json(kept)
+
+
+def find_decision(store: Store, version: Version) -> Comparison | None:
+    """What the rule said of a version; None while it was not asked."""
+    key = f"{version_folder(version.model, version.version)}/decision.json"
+    return Comparison.model_validate_json(store.read(key)) if store.exists(key) else None
+
+
+def promote_by_hand(store: Store, model: str, number: int) -> Champion:
+    """Make a version the champion whatever the rule says. DataError when there is no such version."""
+    version = require_version(store, model, number)
+
+    def decide(champion: Champion | None) -> Change | None:
+        return None if champion is not None and champion.version == number else _change(version, "hand")
+
+    _move(store, model, decide)
+    return require_champion(store, model)
+
+
+def roll_back(store: Store, model: str) -> Champion:
+    """Make the version that was champion before this one the champion again. DataError when there was none."""
+
+    def decide(champion: Champion | None) -> Change:
+        before: list[Change] = []
+        for change in champion.changes if champion else []:
+            if change.by == "rollback":
+                before.pop()
+            else:
+                before.append(change)
+        if len(before) < 2:
+            raise DataError(
+                f"{store.locate(champion_key(model))}: no champion came before; promote a version by hand"
+            )
+        return _change(require_version(store, model, before[-2].version), "rollback")
+
+    _move(store, model, decide)
+    return require_champion(store, model)
+
+
+@dataclass(frozen=True)
+class Place:
+    """A published run, and the version that it was asked for as, if it was."""
+
+    store: Store
+    run_id: str
+    version: Version | None
+
+    def __str__(self) -> str:
+        return self.run_id if self.version is None else str(self.version)
+
+
+def find_place(url: str) -> Place:
+    """What a URL means: a store (the champion of its model "lenet"), or in a store runs/<id>, models/<name> (its
+    champion) or models/<name>/versions/<n>, with the name of a file behind it or not.
+
+    Raises DataError for a version that is not there, ConfigError where there is no champion.
+    """
+    trimmed = re.sub(r"/(manifest|report|version|champion|decision)\.(json|html)$", "", url.rstrip("/"))
+    if found := re.fullmatch(r"(.*)/runs/([^/]+)", trimmed):
+        store = open_store(found[1])
+        if store.exists(f"{run_folder(found[2])}/manifest.json"):
+            return Place(store, found[2], None)
+    if found := re.fullmatch(r"(.*)/models/([^/]+)/versions/(\d+)", trimmed):
+        store = open_store(found[1])
+        version = require_version(store, found[2], int(found[3]))
+        return Place(store, version.run_id, version)
+    if found := re.fullmatch(r"(.*)/models/([^/]+)", trimmed):
+        return _champion_of(open_store(found[1]), found[2])
+    return _champion_of(open_store(trimmed), DEFAULT_MODEL)
+
+
+def open_model(url: str) -> Served:
+    """The model at a URL, as `find_place` reads it, once its bytes are the manifest's. Raises DataError if not."""
+    place = find_place(url)
+    manifest = require_run(place.store, place.run_id)
+    check_version(place)
+    artifact = manifest.artifacts[SAFETENSORS]
+    data = read_checked(place.store, f"{run_folder(place.run_id)}/{SAFETENSORS}", artifact)
+    return Served(
+        place=str(place),
+        version=place.version,
+        run_id=place.run_id,
+        classes=manifest.classes,
+        image_shape=manifest.image_shape,
+        model_sha256=artifact.sha256,
+        model=decode_model(data),
+    )
+
+
+def check_version(place: Place) -> None:
+    """DataError unless the run's manifest is the one that was registered."""
+    version = place.version
+    if version is not None and sha256(place.store.read(version.manifest)) != version.manifest_sha256:
+        raise DataError(
+            f"{place.store.locate(version.manifest)}: its sha256 is not that of {version}; it was altered, "
+            "do not use it"
+        )
+
+
+def _champion_of(store: Store, model: str) -> Place:
+    champion = require_champion(store, model)
+    return Place(store, champion.run_id, require_version(store, model, champion.version))
+
+
+def _judge(
+    store: Store,
+    config: PromoteConfig,
+    champion: Champion | None,
+    evaluation: Evaluation,
+    predictions: Callable[[], Iterator[Predictions]],
+) -> Comparison:
+    if champion is None:
+        return first(config)
+    name = str(require_version(store, config.model, champion.version))
+    old = read_report(store, champion.run_id).evaluation
+    if old.test_digest != evaluation.test_digest:
+        return incomparable(name, "the champion was judged by other test images")
+    its_artifacts = require_run(store, champion.run_id).artifacts
+    theirs = _right(read_predictions(store, run_folder(champion.run_id), its_artifacts))
+    mine = _right(predictions())
+    return compare(config, name, old, evaluation, int((theirs & ~mine).sum()), int((mine & ~theirs).sum()))
+
+
+def _right(parts: Iterator[Predictions]) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+    """Whether each test image is recognised: a byte for each, however they are sharded."""
+    return np.concatenate([part.right for part in parts])
+
+
+def _change(version: Version, by: Literal["rule", "hand", "rollback"], comparison: Comparison | None = None) -> Change:
+    return Change(version=version.version, run_id=version.run_id, when=datetime.now(UTC), by=by, comparison=comparison)
+
+
+def _move(store: Store, model: str, decide: Callable[[Champion | None], Change | None]) -> None:
+    """Ask `decide` about the champion that is, and make the change; again if another was quicker."""
+    key = champion_key(model)
+    for _ in range(ATTEMPTS):
+        current = store.read(key) if store.exists(key) else None
+        champion = None if current is None else Champion.model_validate_json(current)
+        change = decide(champion)
+        if change is None:
+            return
+        changes = [*(champion.changes if champion else []), change]
+        moved = Champion(model=model, version=change.version, run_id=change.run_id, changes=changes)
+        if store.replace(key, moved.model_dump_json(indent=2).encode(), expected=current):
+            return
+    raise StorageError(f"{store.locate(key)}: changed under every one of {ATTEMPTS} attempts; run again")

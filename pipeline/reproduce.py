@@ -1,0 +1,68 @@
+"""Doing a run's training again, to see whether the very same model comes of it."""
+
+import uuid
+
+from pydantic import BaseModel, ConfigDict
+
+from pipeline import run
+from pipeline.errors import DataError
+from pipeline.evaluate import load_model
+from pipeline.storage import Store
+from pipeline.train import OnEpoch, OnNow, find_training, staging
+
+# What follows the name of the run that is done again, within the length that a name may have.
+NAME_LENGTH = 128
+
+
+class Reproduction(BaseModel):
+    """Whether the bytes of model.safetensors came out the same; if not, how far the weights are apart at most, and what
+    was different about the second time."""
+
+    model_config = ConfigDict(frozen=True)
+
+    run_id: str
+    same: bool
+    expected_sha256: str
+    found_sha256: str
+    largest_difference: float
+    differences: list[str]
+
+
+def reproduce(
+    store: Store,
+    run_id: str,
+    ray_address: str | None = None,
+    on_epoch: OnEpoch = lambda epoch: None,
+    on_now: OnNow = lambda now: None,
+) -> Reproduction:
+    """Train with the parameters, the data and the number of workers of a run, under a name of its own, which is
+    forgotten afterwards. DataError for a run whose training has not finished."""
+    training = find_training(store, run_id)
+    if training is None:
+        raise DataError(f"{store.locate(staging(run_id))}: no finished training; lenet runs lists the runs")
+    record = run.read_record(store, run_id)
+    again = f"{run_id[: NAME_LENGTH - 15]}-again-{uuid.uuid4().hex[:8]}"
+    given = {name: value for name, value in record.parameters.items() if name in run.RunConfig.model_fields}
+    given |= {"storage": store.url, "run_id": again, "workers": training.world_size, "ray_address": ray_address}
+    config = run.begin(run.config_of(given), again)
+    try:
+        manifest = run.shard(config, run.download(config))
+        second = run.train(config, manifest, on_epoch, on_now)
+        one = load_model(store, training.candidate, training.candidate_sha256).state_dict()
+        other = load_model(store, second.candidate, second.candidate_sha256).state_dict()
+        now = run.read_record(store, again)
+    finally:
+        store.delete(staging(again))
+    before = record.versions | record.lineage
+    return Reproduction(
+        run_id=run_id,
+        same=training.candidate_sha256 == second.candidate_sha256,
+        expected_sha256=training.candidate_sha256,
+        found_sha256=second.candidate_sha256,
+        largest_difference=max(float((one[name] - other[name]).abs().max()) for name in one),
+        differences=[
+            f"{name}: {before.get(name, 'not recorded')} then, {value} now"
+            for name, value in (now.versions | now.lineage).items()
+            if before.get(name) != value
+        ],
+    )

@@ -1,0 +1,328 @@
+"""Proves, on a real Ray and a real S3 server, that a batch is predicted as each image alone would be, every image once,
+and that predictions are published whole or not at all."""
+
+import io
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pytest
+import ray
+from PIL import Image
+
+from lenet.model import LeNet
+from pipeline import scorer
+from pipeline.batch import PredictConfig, predict_batch, read_manifest, render_batch
+from pipeline.cluster import ClusterConfig, ray_session
+from pipeline.errors import ConfigError, DataError
+from pipeline.feed import find_feed
+from pipeline.idx import Pixels
+from pipeline.predict import predict_pictures
+from pipeline.registry import open_model, promote_by_hand, register
+from pipeline.scorer import Answer, Job, Scorer, schema_of
+from pipeline.shards import Manifest
+from pipeline.storage import Store, open_store, sha256
+
+if TYPE_CHECKING:
+    from tests.conftest import S3Server, Splits
+    from tests.pipeline.conftest import Receipts
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_ray(s3_server: "S3Server") -> Iterator[None]:
+    """A local Ray for all tests here, whose processes know the S3 server."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in s3_server.env.items():
+            patch.setenv(name, value)
+        with ray_session(ClusterConfig(workers=1)):
+            yield
+
+
+@pytest.fixture
+def model(tmp_path: Path, trained: Callable[..., "Receipts"], good_models: list[LeNet]) -> str:
+    """URL of a store with a champion."""
+    store = open_store(str(tmp_path / "models"))
+    trained(store, "good-run", model=good_models[3].eval()).publish(store)
+    promote_by_hand(store, "lenet", register(store, "lenet", "good-run").version)
+    return store.url
+
+
+def rows_of(output: Store) -> dict[str, list[object]]:
+    """All predictions that the manifest names, once they are the bytes that it says."""
+    manifest = read_manifest(output)
+    assert manifest is not None
+    tables = []
+    for part in manifest.parts:
+        data = output.read(f"{manifest.folder}/{part.name}")
+        assert (len(data), sha256(data)) == (part.bytes, part.sha256)
+        tables.append(pq.read_table(pa.BufferReader(data)))
+        assert tables[-1].num_rows == part.rows
+    written = {f"{manifest.folder}/{part.name}" for part in manifest.parts}
+    assert set(output.keys("")) == {"manifest.json", *written}
+    table = pa.concat_tables(tables).unify_dictionaries()
+    assert table.schema == schema_of(10)
+    return {str(name): values for name, values in table.to_pydict().items()}
+
+
+def test_shards_in_either_store_are_predicted_image_by_image(
+    store: Store, tmp_path: Path, model: str, small_manifest: Callable[[Store], Manifest], small_splits: "Splits"
+) -> None:
+    manifest = small_manifest(store)
+    source, output = store.locate(manifest.folder), open_store(f"{store.url}/predicted")
+    report = predict_batch(PredictConfig(source=source, output=output.url, model=model))
+    found, served = rows_of(output), open_model(model)
+    assert (report.images, report.unreadable, report.run_id, report.version) == (800, 0, "good-run", 1)
+    assert report.model_sha256 == served.model_sha256
+    assert set(zip(found["model"], found["version"], found["run_id"], strict=True)) == {
+        (str(served.place), 1, "good-run")
+    }
+    assert sum(report.predicted.values()) == 800
+    place = {(path, row): index for index, (path, row) in enumerate(zip(found["path"], found["row"], strict=True))}
+    assert len(place) == 800
+    right = 0
+    for split, shards in manifest.splits.items():
+        images, labels = small_splits[split]
+        where = [place[shard.name, row] for shard in shards for row in range(shard.rows)]
+        logits = np.array([found["logits"][index] for index in where], np.float32)
+        assert np.allclose(logits, served.predict(images), atol=1e-5)
+        predicted = np.array([found["predicted"][index] for index in where])
+        assert np.array_equal(predicted, served.predict(images).argmax(axis=1))
+        assert [found["class"][index] for index in where] == [served.classes[number] for number in predicted]
+        right += int((predicted == labels).sum()) if split == "test" else 0
+    assert right > 140  # of 200: these are the images, and not merely some
+
+
+def test_a_folder_of_pictures_is_predicted_as_each_is_alone(model: str, tmp_path: Path, small_splits: "Splits") -> None:
+    folder = tmp_path / "pictures"
+    for row, image in enumerate(small_splits["test"][0]):
+        path = folder / f"{row % 3}" / f"{row:03}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        large = Image.fromarray(255 - image if row % 2 else image).resize((60, 50))
+        large.save(path.with_suffix(".jpg") if row % 5 == 0 else path)
+    (folder / "1" / "bad.png").write_bytes(b"no picture")
+    (folder / ".hidden.png").write_bytes(b"no picture")
+    output = open_store(str(tmp_path / "out"))
+    report = predict_batch(PredictConfig(source=str(folder), output=output.url, model=model, workers=1))
+    found = rows_of(output)
+    assert (report.images, report.unreadable, report.files) == (201, 1, 1)
+    assert found["path"] == sorted(found["path"])
+    bad = found["path"].index("1/bad.png")
+    assert found["error"][bad] == "neither PNG nor JPEG"
+    assert all(found[name][bad] is None for name in ("predicted", "class", "probability", "logits"))
+    good = [index for index in range(201) if index != bad]
+    alone = predict_pictures(open_model(model), [folder / str(found["path"][index]) for index in good])
+    for index, prediction in zip(good, alone, strict=True):
+        assert found["class"][index] == prediction.name
+        assert found["probability"][index] == pytest.approx(prediction.probability, abs=1e-5)
+    assert {found["error"][index] for index in good} == {None}
+
+
+def test_encoded_pictures_in_parquet_on_s3(s3_store: Store, model: str, small_splits: "Splits", tmp_path: Path) -> None:
+    images = small_splits["test"][0][:150]
+
+    def png(image: Pixels) -> bytes:
+        data = io.BytesIO()
+        Image.fromarray(image).save(data, "PNG")
+        return data.getvalue()
+
+    column = [{"bytes": png(image), "path": None} for image in images[:149]] + [None]
+    sink = io.BytesIO()
+    pq.write_table(pa.table({"photo": column}), sink, row_group_size=40)
+    s3_store.put("in/photos.parquet", sink.getvalue())
+    output = open_store(f"{s3_store.url}/out")
+    config = PredictConfig(
+        source=s3_store.locate("in/photos.parquet"), output=output.url, model=model, image_column="photo"
+    )
+    report = predict_batch(config)
+    found = rows_of(output)
+    assert (report.images, report.unreadable) == (150, 1)
+    assert found["row"] == list(range(150))
+    assert found["error"] == [None] * 149 + ["null"]
+    assert found["predicted"][:149] == open_model(model).predict(images[:149]).argmax(axis=1).tolist()
+
+
+def test_the_same_again_is_no_work_and_other_content_is_refused(
+    local_store: Store, model: str, small_manifest: Callable[[Store], Manifest], tmp_path: Path
+) -> None:
+    folder = local_store.locate(small_manifest(local_store).folder)
+    output = open_store(str(tmp_path / "out"))
+    config = PredictConfig(source=f"{folder}/test-*.parquet", output=output.url, model=model, workers=1)
+    report = predict_batch(config)
+    before = {key: output.read(key) for key in output.keys("")}
+    assert predict_batch(config) == report
+    assert {key: output.read(key) for key in output.keys("")} == before
+    assert report.images == 200
+    other = config.model_copy(update={"source": f"{folder}/train-*.parquet"})
+    with pytest.raises(
+        ConfigError, match=r"^output=.*it holds predictions of other images or by another model \(200 by"
+    ):
+        predict_batch(other)
+    first = next(Path(folder).glob("test-*.parquet"))
+    os.utime(first, ns=(0, 0))
+    with pytest.raises(ConfigError, match=r"^output="):
+        predict_batch(config)
+    assert {key: output.read(key) for key in output.keys("")} == before
+
+
+def test_a_job_that_broke_off_goes_on(
+    local_store: Store, model: str, small_manifest: Callable[[Store], Manifest], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    folder = local_store.locate(small_manifest(local_store).folder)
+    output = open_store(str(tmp_path / "out"))
+    config = PredictConfig(source=folder, output=output.url, model=model, workers=1)
+    torn = sorted(Path(folder).glob("train-*.parquet"))[2]
+    whole, times = torn.read_bytes(), torn.stat()
+    damaged = bytearray(whole)
+    damaged[200:20_000] = bytes(19_800)  # the footer says nothing of it
+    torn.write_bytes(damaged)
+    os.utime(torn, ns=(times.st_atime_ns, times.st_mtime_ns))
+    with pytest.raises(DataError, match=rf"^{torn}: cannot be read to its end \(.*\); write it again$"):
+        predict_batch(config)
+    assert not output.exists("manifest.json")
+    kept = {key: (tmp_path / "out" / key).stat().st_mtime_ns for key in output.keys("receipts")}
+    assert kept
+    torn.write_bytes(whole)
+    os.utime(torn, ns=(times.st_atime_ns, times.st_mtime_ns))
+    predictions = {key: (tmp_path / "out" / key).stat().st_ino for key in output.keys("predictions")}
+    assert predict_batch(config).images == 800
+    assert len(rows_of(output)["path"]) == 800
+    assert predictions.items() <= {key: (tmp_path / "out" / key).stat().st_ino for key in output.keys("")}.items()
+
+
+def test_of_two_jobs_with_one_output_the_first_wins(
+    local_store: Store, model: str, small_manifest: Callable[[Store], Manifest], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    folder = local_store.locate(small_manifest(local_store).folder)
+    output = open_store(str(tmp_path / "out"))
+    config = PredictConfig(source=f"{folder}/test-*.parquet", output=output.url, model=model, workers=1)
+    work, overtaken = scorer.predict_units, []
+
+    def slow(*arguments: object) -> object:
+        done = work(*arguments)  # type: ignore[arg-type]
+        if not overtaken:
+            overtaken.append(True)
+            predict_batch(config.model_copy(update={"source": f"{folder}/train-*.parquet"}))
+        return done
+
+    monkeypatch.setattr(scorer, "predict_units", slow)
+    with pytest.raises(ConfigError, match=r"^output=.*\(600 by lenet version 1 \(good-run\)\); name another folder$"):
+        predict_batch(config)
+    assert len(rows_of(output)["path"]) == 600
+
+
+def test_a_source_that_changes_meanwhile_is_not_published(
+    local_store: Store, model: str, small_manifest: Callable[[Store], Manifest], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    folder = Path(local_store.locate(small_manifest(local_store).folder))
+    output = open_store(str(tmp_path / "out"))
+    work = scorer.predict_units
+
+    def meddled(*arguments: object) -> object:
+        done = work(*arguments)  # type: ignore[arg-type]
+        (folder / "late.parquet").write_bytes(next(folder.glob("test-*")).read_bytes())
+        return done
+
+    monkeypatch.setattr(scorer, "predict_units", meddled)
+    with pytest.raises(DataError, match=rf"^{folder}: changed while it was read; let it rest and run again$"):
+        predict_batch(PredictConfig(source=str(folder), output=output.url, model=model, workers=1))
+    assert output.keys("") == []
+
+
+def test_a_process_writes_the_same_bytes_again_in_files_of_bounded_size(
+    local_store: Store, model: str, small_splits: "Splits", tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = np.concatenate([small_splits["train"][0]] * 5)  # 3,000 in one row group, read 1,000 at a time
+    column = pa.array([image.tobytes() for image in images], pa.binary(784))
+    pq.write_table(pa.table({"image": column}), tmp_path / "large.parquet", row_group_size=len(images))
+    monkeypatch.setattr(scorer, "FILE_ROWS", 2_000)
+    feed = find_feed(str(tmp_path / "large.parquet"), "image", 28)
+    (unit,) = feed.units
+    answers: list[Answer] = []
+    for name in ("a", "b"):
+        output = open_store(str(tmp_path / name))
+        answers.append(Scorer(Job(feed.store, output, open_model(model), "image", "auto", "0" * 16)).answer(unit))
+    assert answers[0] == answers[1]
+    assert [part.rows for part in answers[0].parts] == [2_000, 1_000]
+
+
+def test_other_work_on_ray_leaves_room_or_is_waited_for_in_vain(
+    local_store: Store, model: str, small_manifest: Callable[[Store], Manifest], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    folder = local_store.locate(small_manifest(local_store).folder)
+    config = PredictConfig(source=f"{folder}/test-*.parquet", output=str(tmp_path / "out"), model=model, workers=1)
+    monkeypatch.setattr(scorer, "FREE_CPU_S", 1)
+    cpus = int(ray.cluster_resources()["CPU"])
+
+    @ray.remote(num_cpus=1)
+    class Busy:
+        def ready(self) -> bool:
+            return True
+
+    busy = [Busy.remote() for _ in range(cpus)]
+    ray.get([actor.ready.remote() for actor in busy])
+    with pytest.raises(
+        scorer.ClusterError, match=r"^no CPU of Ray came free in 1 s; let other work end, then run again$"
+    ):
+        predict_batch(config)
+    ray.kill(busy.pop())
+    monkeypatch.setattr(scorer, "FREE_CPU_S", 30)
+    assert predict_batch(config.model_copy(update={"workers": cpus})).images == 200
+    for actor in busy:
+        ray.kill(actor)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"source": "/nowhere"}, "source='/nowhere': no such file or folder; a source is"),
+        ({"source": "ftp://x/y"}, "source='ftp://x/y': the store is a folder"),
+        ({"source": "EMPTY"}, "source='EMPTY': there is nothing to predict; a source is"),
+        ({"source": "SHARDS/none-*.parquet"}, "source='SHARDS/none-*.parquet': there is nothing to predict;"),
+        ({"output": "ftp://x/y"}, "output='ftp://x/y': the store is a folder"),
+        ({"output": "SHARDS/out"}, "output='SHARDS/out': it is inside the source; name a folder outside of it"),
+        ({"image_column": "photo"}, "has no column 'photo' (but row_id, image, label); name it with image_column"),
+        ({"image_column": "label"}, "uint8 is not images; they have to be encoded PNG or JPEG"),
+        ({"workers": 1000}, "workers=1000: Ray has room for "),
+        ({"ray_address": "127.0.0.1:9"}, "ray_address='127.0.0.1:9': no Ray cluster answers there"),
+        ({"model": "EMPTY"}, "model='"),
+    ],
+)
+def test_a_mistake_costs_a_line_and_no_work(
+    local_store: Store, model: str, small_manifest: Callable[[Store], Manifest], tmp_path: Path,
+    change: dict[str, object], message: str, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    shards, empty = local_store.locate(small_manifest(local_store).folder), tmp_path / "empty"
+    empty.mkdir()
+
+    def real(text: object) -> object:
+        return text.replace("SHARDS", shards).replace("EMPTY", str(empty)) if isinstance(text, str) else text
+
+    given = {"source": shards, "output": str(tmp_path / "out"), "model": model, **change}
+    monkeypatch.setattr(scorer, "predict_units", None)
+    with pytest.raises(Exception, match="") as raised:  # noqa: PT011 - which one is what the message says
+        predict_batch(PredictConfig.model_validate({name: real(value) for name, value in given.items()}))
+    assert str(real(message)) in str(raised.value)
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_report_in_markdown(local_store: Store, model: str, small_manifest: Callable[[Store], Manifest],
+                                tmp_path: Path) -> None:  # fmt: skip
+    folder = local_store.locate(small_manifest(local_store).folder)
+    out = str(tmp_path / "out")
+    report = predict_batch(PredictConfig(source=f"{folder}/test-*.parquet", output=out, model=model, workers=1))
+    text = render_batch(report)
+    assert "# 200 images predicted by lenet version 1 (good-run)" in text
+    assert f"| Ankle boot | {report.predicted['Ankle boot']} |" in text
+    assert json.loads(report.model_dump_json())["output"] == out
+    assert pc.sum(pa.array(report.predicted.values())).as_py() == 200

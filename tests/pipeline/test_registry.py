@@ -1,0 +1,214 @@
+"""Proves that of any number of publishers none loses or doubles a version, and that the best is the champion."""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+
+from lenet.model import LeNet
+from pipeline.artifacts import SAFETENSORS, predictor
+from pipeline.errors import ConfigError, DataError
+from pipeline.predictions import read_predictions
+from pipeline.promotion import PromoteConfig
+from pipeline.publish import run_folder
+from pipeline.registry import (
+    champion_key,
+    find_champion,
+    find_decision,
+    find_place,
+    held_against_champion,
+    list_models,
+    list_versions,
+    open_model,
+    promote,
+    promote_by_hand,
+    register,
+    roll_back,
+    version_folder,
+)
+from pipeline.storage import Store, open_store
+from pipeline.train import staging
+
+if TYPE_CHECKING:
+    from tests.conftest import Splits
+    from tests.pipeline.conftest import Receipts
+
+RULE = PromoteConfig(max_f1_drop=1, max_ece_rise=1)
+Trained = Callable[..., "Receipts"]
+
+
+@pytest.fixture
+def published(store: Store, trained: Trained, good_models: list[LeNet]) -> list[str]:
+    """Runs r0 to r3 in a store, each better than the one before."""
+    for number, model in enumerate(good_models):
+        trained(store, f"r{number}", model=model).publish(store)
+    return [f"r{number}" for number in range(len(good_models))]
+
+
+def test_versions_count_from_one_and_a_run_is_one_version(store: Store, published: list[str]) -> None:
+    found = [register(store, "lenet", run_id) for run_id in published]
+    assert [version.version for version in found] == [1, 2, 3, 4]
+    assert [register(store, "lenet", run_id) for run_id in published] == found
+    assert list_versions(store, "lenet") == found
+    assert list_models(store) == ["lenet"]
+    assert register(store, "other", "r2").version == 1
+    assert list_models(store) == ["lenet", "other"]
+
+
+def test_ten_publishers_lose_and_double_no_version_and_the_best_is_champion(store: Store, published: list[str]) -> None:
+    wanted = [published[number] for number in (3, 0, 1, 2, 3, 0, 1, 2, 3, 0)]  # some runs by several at once
+
+    def one(run_id: str) -> bool:
+        mine = open_store(store.url)
+        return promote(mine, RULE, register(mine, "lenet", run_id)).promoted
+
+    with ThreadPoolExecutor(10) as pool:
+        outcomes = list(pool.map(one, wanted))
+    versions = list_versions(store, "lenet")
+    assert [version.version for version in versions] == [1, 2, 3, 4]
+    assert sorted(version.run_id for version in versions) == sorted(published)
+    champion = find_champion(store, "lenet")
+    assert champion is not None
+    assert champion.run_id == "r3"
+    won = {run_id for run_id, promoted in zip(wanted, outcomes, strict=True) if promoted}
+    assert won == {change.run_id for change in champion.changes}
+    accuracies = {version.run_id: version.accuracy for version in versions}
+    assert accuracies[champion.run_id] == max(accuracies[run_id] for run_id in won)
+    assert len({outcome for outcome, run_id in zip(outcomes, wanted, strict=True) if run_id == "r3"}) == 1
+
+
+def test_a_better_model_is_promoted_and_a_worse_one_refused_with_reasons(store: Store, published: list[str]) -> None:
+    versions = [register(store, "lenet", run_id) for run_id in published]
+    assert promote(store, RULE, versions[1]).reasons == ["there was no champion before"]
+    better = promote(store, RULE, versions[3])
+    assert better.promoted
+    assert better.champion == "lenet version 2 (r1)"
+    assert better.p is not None
+    assert better.p < 0.05
+    worse = promote(store, RULE, versions[2])
+    assert not worse.promoted
+    assert worse.gain is not None
+    assert worse.gain < 0
+    assert worse.only_champion - worse.only_candidate == round(-worse.gain * 200)
+    assert "fewer than the champion" in worse.reasons[0]
+    champion = find_champion(store, "lenet")
+    assert champion is not None
+    assert (champion.version, champion.run_id) == (4, "r3")
+    assert find_decision(store, versions[2]) == worse
+    # Asked again, even when the champion is another by now, it says the same.
+    promote_by_hand(store, "lenet", 1)
+    assert promote(store, RULE, versions[2]) == worse
+    assert promote(store, RULE, versions[3]) == better
+    assert find_champion(store, "lenet").run_id == "r0"  # type: ignore[union-attr]
+
+
+def test_counts_are_those_of_the_models_own_predictions(
+    store: Store, published: list[str], small_splits: "Splits", good_models: list[LeNet], trained: Trained
+) -> None:
+    promote(store, RULE, register(store, "lenet", published[1]))
+    left = trained(store, published[3], model=good_models[3])
+    found = held_against_champion(
+        store, RULE, left.evaluation, lambda: read_predictions(store, staging("r3"), left.evaluation.predictions)
+    )
+    images, labels = small_splits["test"]
+    right = {n: open_model(f"{store.url}/runs/r{n}").predict(images).argmax(axis=1) == labels for n in (1, 3)}
+    assert found.only_candidate == int((right[3] & ~right[1]).sum())
+    assert found.only_champion == int((right[1] & ~right[3]).sum())
+
+
+def test_a_champion_that_died_before_its_decision_was_written_is_decided_the_same(
+    store: Store, published: list[str]
+) -> None:
+    version = register(store, "lenet", published[0])
+    before = promote(store, RULE, version)
+    store.delete(f"{version_folder('lenet', 1)}/decision.json")
+    assert promote(store, RULE, version) == before
+    assert len(find_champion(store, "lenet").changes) == 1  # type: ignore[union-attr]
+
+
+def test_rollback_goes_back_one_champion_at_a_time(store: Store, published: list[str]) -> None:
+    for run_id in published:
+        register(store, "lenet", run_id)
+    for number in (1, 3, 4):
+        promote_by_hand(store, "lenet", number)
+    assert promote_by_hand(store, "lenet", 4).version == 4  # no change, nothing to take back
+    assert [roll_back(store, "lenet").version for _ in range(2)] == [3, 1]
+    with pytest.raises(DataError, match="no champion came before"):
+        roll_back(store, "lenet")
+    assert promote_by_hand(store, "lenet", 2).version == 2
+    assert roll_back(store, "lenet").version == 1
+    by = [change.by for change in find_champion(store, "lenet").changes]  # type: ignore[union-attr]
+    assert by == ["hand"] * 3 + ["rollback"] * 2 + ["hand", "rollback"]
+
+
+def test_a_champion_judged_by_other_images_is_not_replaced_by_itself(
+    store: Store, published: list[str], trained: Trained, good_models: list[LeNet]
+) -> None:
+    promote(store, RULE, register(store, "lenet", published[0]))
+    left = trained(store, "r3", model=good_models[3])
+    other = left.evaluation.model_copy(update={"test_digest": "0" * 64})
+    found = held_against_champion(store, RULE, other, lambda: iter(()))
+    assert not found.promoted
+    assert "other test images" in found.reasons[0]
+
+
+def test_every_url_finds_its_model(
+    store: Store, published: list[str], small_splits: "Splits", good_models: list[LeNet]
+) -> None:
+    for run_id in published:
+        register(store, "lenet", run_id)
+    promote_by_hand(store, "lenet", 3)
+    images = small_splits["test"][0]
+    for tail, run_id in {
+        "": "r2",
+        "/": "r2",
+        "/models/lenet": "r2",
+        "/models/lenet/champion.json": "r2",
+        "/models/lenet/versions/2": "r1",
+        "/models/lenet/versions/2/version.json": "r1",
+        "/runs/r3": "r3",
+        "/runs/r3/report.html": "r3",
+    }.items():
+        served = open_model(store.url + tail)
+        assert served.run_id == run_id, tail
+        assert served.classes[0] == "T-shirt/top"
+        assert served.image_shape == (28, 28)
+        assert (served.version is None) == ("/runs/" in tail)
+        assert np.array_equal(served.predict(images), predictor(good_models[int(run_id[1])])(images))
+
+
+def test_a_url_with_nothing_there_says_so(store: Store, published: list[str]) -> None:
+    with pytest.raises(ConfigError, match="there is no champion of lenet; train one"):
+        open_model(store.url)
+    with pytest.raises(ConfigError, match="there is no champion of mine"):
+        open_model(f"{store.url}/models/mine")
+    register(store, "lenet", published[0])
+    with pytest.raises(DataError, match="has no version 7; lenet models lists them"):
+        find_place(f"{store.url}/models/lenet/versions/7")
+    with pytest.raises(DataError, match="has no version 7"):
+        promote_by_hand(store, "lenet", 7)
+    with pytest.raises(DataError, match="no published run"):
+        register(store, "lenet", "r9")
+
+
+@pytest.mark.parametrize("what", ["model", "manifest"])
+def test_an_altered_model_is_not_served(store: Store, published: list[str], what: str) -> None:
+    register(store, "lenet", published[0])
+    promote_by_hand(store, "lenet", 1)
+    name = SAFETENSORS if what == "model" else "manifest.json"
+    key = f"{run_folder('r0')}/{name}"
+    data = store.read(key)
+    store.put(key, data[:-1] + bytes([data[-1] ^ 1]) if what == "model" else data.replace(b"  ", b" "))
+    with pytest.raises(DataError, match=f"{name}: its sha256 is not"):
+        open_model(store.url)
+
+
+def test_names_in_the_registry_are_those_of_the_contract(store: Store, published: list[str]) -> None:
+    promote(store, RULE, register(store, "lenet", published[0]))
+    assert store.keys("models") == [
+        champion_key("lenet"),
+        "models/lenet/versions/1/decision.json",
+        "models/lenet/versions/1/version.json",
+    ]
