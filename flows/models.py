@@ -128,4 +128,4 @@ def gc(
         print(f"{store.locate(stray.key)}  {stray.modified:%Y-%m-%d %H:%M} UTC  {stray.why}")
     if delete:
         remove(store, strays)
-    print(f"{len(strays)} strays{' removed' if delete else ''}")
+    print(f"{len(strays)} {'stray' if len(strays) == 1 else 'strays'}{' removed' if delete else ''}")

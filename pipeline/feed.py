@@ -162,7 +162,10 @@ def _survey(source: str) -> tuple[Store, bool, list[str], str]:
         if suffix in (TABLE, *SUFFIXES):
             kinds.add(suffix == TABLE)
             names.append(file.key)
-            digest.update(f"{file.key}\0{file.stamp}\0".encode(errors="surrogateescape"))
+            try:
+                digest.update(f"{file.key}\0{file.stamp}\0".encode())
+            except UnicodeEncodeError:  # nor could Parquet hold it
+                raise DataError(f"{shown(store.locate(file.key))}: its name is not UTF-8; give it another") from None
     if not names:
         raise ConfigError("source", source, "there is nothing to predict", ACCEPTED)
     if len(kinds) > 1:

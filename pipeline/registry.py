@@ -7,6 +7,7 @@
 There is no server: whoever can write to the store can publish, at the same time as others.
 """
 
+import logging
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ from pipeline.predictions import Predictions, read_predictions
 from pipeline.promotion import Comparison, PromoteConfig, compare, first, incomparable
 from pipeline.publish import read_report, require_run, run_folder
 from pipeline.storage import Store, open_store, sha256
+
+log = logging.getLogger(__name__)
 
 ATTEMPTS = 50
 DEFAULT_MODEL: str = PromoteConfig.model_fields["model"].default
@@ -198,7 +201,10 @@ def promote(store: Store, config: PromoteConfig, version: Version) -> Comparison
     _move(store, version.model, decide)
     decision = f"{version_folder(version.model, version.version)}/decision.json"
     kept = store.keep(decision, comparison.model_dump_json(indent=2).encode())
-    return Comparison.model_validate_json(kept)
+    decided = Comparison.model_validate_json(kept)
+    became = "is the new champion" if decided.promoted else "is registered and the champion stays"
+    log.info("%s %s: %s", version, became, "; ".join(decided.reasons))
+    return decided
 
 
 def find_decision(store: Store, version: Version) -> Comparison | None:
@@ -229,9 +235,7 @@ def roll_back(store: Store, model: str) -> Champion:
             else:
                 before.append(change)
         if len(before) < 2:
-            raise DataError(
-                f"{store.locate(champion_key(model))}: no champion came before; promote a version by hand"
-            )
+            raise DataError(f"{store.locate(champion_key(model))}: no champion came before; promote a version by hand")
         return _change(require_version(store, model, before[-2].version), "rollback")
 
     _move(store, model, decide)

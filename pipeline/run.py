@@ -5,7 +5,6 @@ Each step is safe to repeat: it finds what an earlier attempt finished and goes 
 
 import contextlib
 import importlib.metadata
-import logging
 import platform
 import subprocess
 from collections.abc import Mapping
@@ -42,8 +41,6 @@ from pipeline.train import OnEpoch, OnNow, Training, staging
 
 if TYPE_CHECKING:
     from pipeline.tune import Tuned
-
-log = logging.getLogger(__name__)
 
 # A run that goes on may do so on other workers, from another source; whatever decides its result has to stay.
 MAY_CHANGE = {
@@ -249,11 +246,7 @@ def promote(config: RunConfig) -> Comparison:
     """Register the published run as a version of its model, and let it be the champion if it is better."""
     store = open_store(config.storage)
     version = pipeline.registry.register(store, config.model, _run_id(config))
-    comparison = pipeline.registry.promote(store, config, version)
-    log.info(
-        "%s is %s: %s", version, "the champion" if comparison.promoted else "registered", "; ".join(comparison.reasons)
-    )
-    return comparison
+    return pipeline.registry.promote(store, config, version)
 
 
 def tune(config: TuneRunConfig) -> "Tuned":

@@ -197,7 +197,8 @@ def test_ctrl_c_leaves_nothing_and_the_same_run_id_goes_on_to_a_published_report
     manifest = verify_run(store, "r")
     lines = out.splitlines()
     assert lines[-1] == f"test accuracy {manifest.accuracy:.4f} · report: {tmp_path}/store/runs/r/report.html"
-    assert all(re.match(r" *(download|shards|train|evaluate|publish)  \S|test accuracy ", line) for line in lines), out
+    step = r" *(download|shards|train|evaluate|publish|registry)  \S|test accuracy "
+    assert all(re.match(step, line) for line in lines), out
     training = find_training(store, "r")
     assert training is not None
     assert [epoch.epoch for epoch in training.history] == [1, 2, 3]

@@ -1,0 +1,142 @@
+"""Proves that a trained model can be listed, verified, exported, used and done again from the command line."""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from PIL import Image
+
+from flows.cli import main
+from lenet.step import normalise
+from pipeline.checkpoint import decode_model
+from pipeline.idx import Pixels
+from pipeline.publish import run_folder
+from pipeline.storage import open_store
+
+BIN = Path(sys.executable).parent
+Lenet = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def trained_store(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A store with one run, `r`, of two epochs, brought there by the command."""
+    folder = tmp_path_factory.mktemp("trained")
+    env = {**os.environ, "PREFECT_HOME": str(folder / "prefect")}
+    command = [BIN / "lenet", "train", "--storage", folder / "store", "--epochs", "2", "--run-id", "r"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "lenet version 1 (r) is the new champion: there was no champion before" in done.stdout
+    return str(folder / "store")
+
+
+@pytest.fixture
+def lenet(trained_store: str, capsys: pytest.CaptureFixture[str]) -> Lenet:
+    """Function that runs a command in this process and gives what it prints."""
+
+    def run(*arguments: object) -> str:
+        with pytest.raises(SystemExit) as leaving:
+            main([str(argument) for argument in arguments])
+            sys.exit(0)  # some commands leave by themselves, some return
+        said = capsys.readouterr()
+        assert not leaving.value.code, said
+        return said.out
+
+    return run
+
+
+def test_models_are_listed_with_the_champion(lenet: Lenet, trained_store: str) -> None:
+    line = lenet("models", "--storage", trained_store).splitlines()[-1]
+    assert re.fullmatch(r" *lenet +1 +champion +r +0\.5\d+ .* UTC +there was no champion before *", line), line
+
+
+def test_a_fresh_run_is_verified_and_an_altered_one_is_not(
+    lenet: Lenet, trained_store: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = lenet("verify", trained_store).splitlines()
+    assert lines[-1] == f"verified: {trained_store}"
+    assert len([line for line in lines if line.startswith("ok  ")]) == 5
+    store = open_store(trained_store)
+    key = f"{run_folder('r')}/model.onnx"
+    whole = store.read(key)
+    try:
+        store.put(key, whole[:-1])
+        with pytest.raises(SystemExit) as left:
+            main(["verify", f"{trained_store}/runs/r"])
+    finally:
+        store.put(key, whole)
+    assert left.value.code == 1
+    said = capsys.readouterr().err
+    assert re.fullmatch(r"lenet: \S+/runs/r/model\.onnx: its sha256 is not the recorded [^\n]+\n", said), said
+
+
+def test_the_exported_forms_agree_outside_of_this_package(
+    lenet: Lenet, trained_store: str, tmp_path: Path, full_splits: dict[str, tuple[Pixels, Pixels]]
+) -> None:
+    out = lenet("export", trained_store, tmp_path / "out")
+    assert len(out.splitlines()) == 4
+    images = normalise(torch.from_numpy(np.array(full_splits["test"][0][:500])))
+    with torch.inference_mode():
+        expected = decode_model((tmp_path / "out/model.safetensors").read_bytes())(images).numpy()
+    session = onnxruntime.InferenceSession(tmp_path / "out/model.onnx", providers=["CPUExecutionProvider"])
+    np.testing.assert_allclose(session.run(None, {"images": images.numpy()})[0], expected, atol=1e-4)
+    with torch.inference_mode():
+        exported = torch.export.load(tmp_path / "out/model.pt2").module()(images).numpy()
+    np.testing.assert_allclose(exported, expected, atol=1e-4)
+    assert (tmp_path / "out/README.md").read_text().startswith("---\n")
+
+
+def test_a_picture_is_predicted_by_the_champion(
+    lenet: Lenet, trained_store: str, tmp_path: Path, full_splits: dict[str, tuple[Pixels, Pixels]]
+) -> None:
+    images, labels = full_splits["test"]
+    boot = np.array(images[int(np.flatnonzero(labels == 1)[0])])  # trousers: known after two epochs
+    Image.fromarray(255 - boot).resize((280, 280)).save(tmp_path / "photo.jpg")
+    assert "photo.jpg" in (out := lenet("predict", tmp_path / "photo.jpg", "--model", trained_store))
+    assert "Trouser" in out.splitlines()[-1]
+
+
+def test_a_run_done_again_gives_the_same_bytes_and_leaves_nothing(lenet: Lenet, trained_store: str) -> None:
+    before = open_store(trained_store).keys("")
+    out = lenet("reproduce", "r", "--storage", trained_store)
+    assert re.search(r"reproduced: r, model\.safetensors is the same byte for byte, sha256 [0-9a-f]{64}\n", out)
+    assert open_store(trained_store).keys("") == before
+
+
+def test_strays_are_listed_and_removed(lenet: Lenet, trained_store: str) -> None:
+    store = open_store(trained_store)
+    assert lenet("gc", "--storage", trained_store, "--older-than-hours", 0) == "0 strays\n"
+    store.put("runs/gone/model.onnx", b"x")
+    assert lenet("gc", "--storage", trained_store) == "0 strays\n"  # too young
+    out = lenet("gc", "--storage", trained_store, "--older-than-hours", 0)
+    assert re.fullmatch(r"\S+/runs/gone/model\.onnx  .* UTC  run gone was not published\n1 stray\n", out)
+    assert store.exists("runs/gone/model.onnx")
+    assert lenet("gc", "--storage", trained_store, "--older-than-hours", 0, "--delete").endswith("1 stray removed\n")
+    assert not store.exists("runs/gone/model.onnx")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["promote", "7"], r"\S+: has no version 7; lenet models lists them"),
+        (["rollback"], r"\S+: no champion came before; .*"),
+        (["reproduce", "nobody"], r"\S+: no finished training; lenet runs lists the runs"),
+    ],
+)
+def test_a_mistake_is_one_line(
+    trained_store: str, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    with pytest.raises(SystemExit) as left:
+        main([*arguments, "--storage", trained_store])
+    assert left.value.code == 1
+    assert re.fullmatch(f"lenet: {message}\n", capsys.readouterr().err)
+
+
+def test_promoting_by_hand_names_the_champion(lenet: Lenet, trained_store: str) -> None:
+    assert lenet("promote", 1, "--storage", trained_store) == "champion of lenet: version 1 (r)\n"
