@@ -2,7 +2,6 @@
 
 import base64
 import io
-import re
 import tempfile
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -16,6 +15,7 @@ from pydantic import BaseModel, ConfigDict
 from tensorboardX import SummaryWriter
 
 from pipeline.checkpoint import History
+from pipeline.drawings import BLUE, GREEN, ORANGE, draw_curves, draw_reliability
 from pipeline.evaluate import Evaluation
 from pipeline.idx import Pixels
 from pipeline.metrics import Mistake
@@ -24,8 +24,6 @@ from pipeline.train import Training
 
 # Of EpochMetrics.
 CURVES = ("train_loss", "train_accuracy", "held_out_loss", "held_out_accuracy", "images_per_second")
-# Mid-tones that read on white and on near-black alike.
-BLUE, ORANGE, GREEN = "#4a86d8", "#d9792b", "#3f9c6b"
 
 
 class DatasetFacts(BaseModel):
@@ -105,9 +103,10 @@ def render_html(report: Report, mistakes: list[Pixels]) -> str:
         names=[metrics.name for metrics in evaluation.classes],
         # Drawn from numbers and labels of our own, so there is nothing to escape.
         curves=[
-            Markup(_draw(report.history, {"train loss": ("train_loss", BLUE)}, top=None)),  # noqa: S704
-            Markup(_draw(report.history, accuracies, top=1)),  # noqa: S704
+            Markup(draw_curves(report.history, {"train loss": ("train_loss", BLUE)}, top=None)),  # noqa: S704
+            Markup(draw_curves(report.history, accuracies, top=1)),  # noqa: S704
         ],
+        reliability=Markup(draw_reliability(evaluation.calibration)),  # noqa: S704
         pictures=pictures,
         homepage=report.dataset.homepage if report.dataset.homepage.startswith("https://") else None,
         parameters_total=sum(layer.parameters for layer in report.layers),
@@ -137,45 +136,12 @@ def render_summary(run_id: str, training: Training, evaluation: Evaluation) -> s
 | 95% interval | {evaluation.accuracy_low:.2%} to {evaluation.accuracy_high:.2%} |
 | Train accuracy, last epoch | {last.train_accuracy:.2%} |
 | Train loss, last epoch | {last.train_loss:.4f} |
+| Calibration error | {evaluation.ece:.4f} |
 | Dataset version | {evaluation.dataset_digest[:12]} |
 | Epochs | {len(training.history)} |
 | Workers | {training.world_size} on {training.device} |
 | Training time | {training.wall_seconds:.0f} s |
 """
-
-
-def _draw(history: History, curves: dict[str, tuple[str, str]], top: float | None) -> str:
-    """An SVG of fields of EpochMetrics by epoch: label to (field, colour). Its text takes the page's colour."""
-    # Here and not above: matplotlib takes 0.6 s, and only a report needs it.
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    # The salt makes the ids in the SVG the same every time, and others in each drawing of a page.
-    style: Any = {"svg.hashsalt": ",".join(curves), "svg.fonttype": "none", "font.size": 11}
-    with mpl.rc_context(style):
-        figure = Figure(figsize=(4.4, 3.2), layout="constrained")
-        figure.patch.set_alpha(0)
-        axes = figure.subplots()
-        for (label, (field, colour)), line in zip(curves.items(), ("o-", "s--"), strict=False):
-            values = [getattr(epoch, field) for epoch in history]
-            axes.plot([epoch.epoch for epoch in history], values, line, color=colour, label=label, ms=4)
-        axes.set_ylim(0, top)
-        axes.set_xlabel("epoch")
-        # Half an epoch on each side: without it a single epoch gets ticks at fractions of an epoch.
-        axes.set_xlim(history[0].epoch - 0.5, history[-1].epoch + 0.5)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-        axes.patch.set_alpha(0)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.25)
-        axes.legend(frameon=False)
-        text = io.StringIO()
-        figure.savefig(text, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
-    svg = re.sub(r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" aria-hidden="true">', text.getvalue())
-    # Nothing points at the groups' ids, and they are the same in every drawing: an id may stand once in a page.
-    svg = svg.replace('<g id="', '<g data-part="')
-    # matplotlib's black ink becomes the page's ink, so that one drawing serves light and dark.
-    return svg[svg.index("<svg") :].replace("#000000", "currentColor")
 
 
 def _png(pixels: Pixels) -> str:

@@ -7,6 +7,7 @@ and holds a few images at a time.
 
 import contextlib
 import logging
+import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +21,6 @@ import ray
 import ray.data
 import ray.exceptions
 from pydantic import BaseModel, ConfigDict, ValidationError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.cluster import ClusterConfig, ray_session
 from pipeline.errors import ClusterError, DataError, StorageError
@@ -37,6 +37,7 @@ FILE_ROWS = 65_536  # of predictions in memory and in a file, or as many as a un
 BLOCKS = 10_000  # that Ray Data keeps track of
 FREE_CPU_S = 60  # how long others may hold every CPU before we give up
 SAY_EVERY_S = 30
+NODE_LABEL = "ray.io/node-id"  # that Ray gives every node
 REFUSALS: dict[str, type[DataError] | type[StorageError]] = {"DataError": DataError, "StorageError": StorageError}
 
 
@@ -90,19 +91,19 @@ def predict_units(job: Job, feed: Feed, cluster: ClusterConfig) -> tuple[list[Pa
     Raises DataError and StorageError as reading and writing do, ClusterError when no CPU comes free.
     """
     found: dict[int, list[Part]] = {}
-    with ray_session(cluster), _quiet() as context:
+    with _quiet_core(), ray_session(cluster), _quiet_data() as context:
         # Files of this machine are to be seen from here alone.
-        processes, options = _room(cluster, isinstance(job.source, LocalStore) or isinstance(job.output, LocalStore))
+        processes, where = _room(cluster, isinstance(job.source, LocalStore) or isinstance(job.output, LocalStore))
         context.wait_for_min_actors_s = FREE_CPU_S
         started = said = time.monotonic()
         units = [{"number": unit.number, "unit": unit.model_dump_json()} for unit in feed.units]
         dataset = ray.data.from_items(units, override_num_blocks=min(len(units), BLOCKS)).map_batches(
-            Scorer,
-            fn_constructor_args=(job,),
+            _Process,
+            fn_constructor_args=(ray.put(job),),  # in itself, with the model, it would be too large for one
             batch_size=1,
             compute=ray.data.ActorPoolStrategy(size=min(processes, len(units))),
             num_cpus=1,
-            **options,
+            label_selector=where,
         )
         try:
             for row in dataset.iter_rows():
@@ -183,6 +184,13 @@ class Scorer:
         )
 
 
+class _Process(Scorer):
+    """The same where Ray starts it."""
+
+    def __init__(self, job: Any) -> None:
+        super().__init__(ray.get(job))
+
+
 def schema_of(n_classes: int) -> pa.Schema:
     """The columns of predictions: the file and the row in it (0 of a picture), what was found and how surely, the
     logits, or the error of what could not be read; and by which model."""
@@ -236,8 +244,8 @@ def encode_table(table: pa.Table) -> bytes:
     return bytes(sink.getvalue())
 
 
-def _room(cluster: ClusterConfig, pinned: bool) -> tuple[int, dict[str, Any]]:
-    """How many processes there is room for, and Ray's options that keep them on this machine, if they have to be.
+def _room(cluster: ClusterConfig, pinned: bool) -> tuple[int, dict[str, str]]:
+    """How many processes there is room for, and the labels of where: of this machine, if they are pinned to it.
 
     Ray Data waits for ever for CPUs that others hold, so it is not told to use more than are free.
     """
@@ -253,8 +261,7 @@ def _room(cluster: ClusterConfig, pinned: bool) -> tuple[int, dict[str, Any]]:
         if time.monotonic() > give_up:
             raise _crowded()
         time.sleep(0.5)
-    options = {"scheduling_strategy": NodeAffinitySchedulingStrategy(here, soft=False)} if pinned else {}
-    return min(cluster.least_workers, room, free), options
+    return min(cluster.least_workers, room, free), {NODE_LABEL: here} if pinned else {}
 
 
 def _crowded() -> ClusterError:
@@ -262,7 +269,21 @@ def _crowded() -> ClusterError:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[ray.data.DataContext]:
+def _quiet_core() -> Iterator[None]:
+    """Ray's core says only what is fatal, if it starts meanwhile: Ray Data makes it warn of an actor argument that is
+    Ray Data's own (ray-project/ray#57733)."""
+    name = "RAY_BACKEND_LOG_LEVEL"
+    before = os.environ.get(name)
+    os.environ.setdefault(name, "fatal")
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+
+
+@contextlib.contextmanager
+def _quiet_data() -> Iterator[ray.data.DataContext]:
     """Ray Data without its bars and warnings: whoever started it sees what we say."""
     logger = logging.getLogger("ray.data")
     level, context = logger.level, ray.data.DataContext.get_current().copy()

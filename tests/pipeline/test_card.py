@@ -1,0 +1,59 @@
+"""Proves that the model card can be read by the hub's own library, and that nobody's text becomes markup in it."""
+
+import re
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import pytest
+from huggingface_hub import ModelCard
+
+from pipeline.card import render_card
+from pipeline.publish import read_report
+from pipeline.report import Report
+from pipeline.storage import Store
+
+if TYPE_CHECKING:
+    from tests.pipeline.conftest import Receipts
+
+HOSTILE = ["---\nlicense: mit\n---", "a | b\n| c", "<script>alert(1)</script>", "[x](javascript:alert(1))", "'\": {}#"]
+
+
+@pytest.fixture
+def report(local_store: Store, trained: Callable[..., "Receipts"]) -> Report:
+    trained(local_store, "r").publish(local_store)
+    return read_report(local_store, "r")
+
+
+def test_the_card_is_published_and_read_by_the_hubs_library(report: Report, local_store: Store) -> None:
+    text = local_store.read("runs/r/README.md").decode()
+    assert text == render_card(report)
+    card = ModelCard(text)
+    assert card.data.model_name == "r"
+    [result] = card.data.eval_results
+    assert (result.metric_type, result.metric_value) == ("accuracy", report.evaluation.accuracy)
+    assert (result.dataset_name, result.dataset_revision) == ("fashion-mnist", report.dataset.digest)
+    for part in ("## Use", "## Data", "## Training", "## Limits", "## Lineage", "61,706 parameters", "| lock | l |"):
+        assert part in card.text, part
+    assert f"**{report.evaluation.accuracy:.2%}**" in card.text
+
+
+@pytest.mark.parametrize("hostile", HOSTILE)
+def test_nobodys_text_becomes_markup(report: Report, hostile: str) -> None:
+    classes = [metrics.model_copy(update={"name": hostile}) for metrics in report.evaluation.classes]
+    changed = report.model_copy(
+        update={
+            "run_id": hostile,
+            "parameters": {hostile: hostile},
+            "lineage": {hostile: hostile},
+            "dataset": report.dataset.model_copy(update={"name": hostile, "licence": hostile}),
+            "evaluation": report.evaluation.model_copy(update={"classes": classes}),
+            "comparison": report.comparison.model_copy(update={"reasons": [hostile]}),
+        }
+    )
+    card = ModelCard(render_card(changed))
+    assert card.data.model_name == hostile
+    assert card.data.to_dict().get("license") is None
+    plain = ModelCard(render_card(report))
+    assert not re.search(r"(?<!\\)<script|(?<!\\)\]\(|\n---\n", card.text)
+    rows = len(report.parameters) + len(report.lineage)
+    assert card.text.count("\n| ") == plain.text.count("\n| ") - rows + 2
