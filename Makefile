@@ -13,6 +13,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint requirements.lock
+SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 export PYTHONWARNINGS ?= ignore
 
 .PHONY: run test check format bench bench-data bench-scale bench-scaling accuracy faults gpu-check parity clean
@@ -66,6 +67,8 @@ clean:
 	@touch $@
 
 .venv/tests: .venv/runs
+	@command -v chromium chromium-browser google-chrome >/dev/null || \
+		{ $(SUDO) apt-get update -qq && $(SUDO) apt-get install -y -qq --no-install-recommends chromium; }
 	$(PIP) --editable '.[dev]'
 	@touch $@
 

@@ -7,7 +7,6 @@ and holds a few images at a time.
 
 import contextlib
 import logging
-import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +18,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 import ray.data
-import ray.exceptions
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipeline.cluster import ClusterConfig, ray_session
@@ -91,42 +89,37 @@ def predict_units(job: Job, feed: Feed, cluster: ClusterConfig) -> tuple[list[Pa
     Raises DataError and StorageError as reading and writing do, ClusterError when no CPU comes free.
     """
     found: dict[int, list[Part]] = {}
-    with _quiet_core(), ray_session(cluster), _quiet_data() as context:
+    with ray_session(cluster), _quiet():
         # Files of this machine are to be seen from here alone.
         processes, where = _room(cluster, isinstance(job.source, LocalStore) or isinstance(job.output, LocalStore))
-        context.wait_for_min_actors_s = FREE_CPU_S
         started = said = time.monotonic()
         units = [{"number": unit.number, "unit": unit.model_dump_json()} for unit in feed.units]
+        # Tasks and not actors: the model is there in a millisecond, and whoever waits for a CPU holds none.
         dataset = ray.data.from_items(units, override_num_blocks=min(len(units), BLOCKS)).map_batches(
-            _Process,
-            fn_constructor_args=(ray.put(job),),  # in itself, with the model, it would be too large for one
+            Scorer(job),
             batch_size=1,
-            compute=ray.data.ActorPoolStrategy(size=min(processes, len(units))),
+            compute=ray.data.TaskPoolStrategy(size=processes),
             num_cpus=1,
             label_selector=where,
         )
-        try:
-            for row in dataset.iter_rows():
-                answer = Answer.model_validate_json(row["answer"])
-                if answer.refusal:
-                    raise REFUSALS[answer.refusal](answer.reason)
-                found[int(row["number"])] = answer.parts
-                if time.monotonic() - said > SAY_EVERY_S:
-                    said = time.monotonic()
-                    done = sum(part.rows for parts in found.values() for part in parts)
-                    log.info("%s of %s images predicted", f"{done:,}", f"{feed.images:,}")
-        except ray.exceptions.GetTimeoutError:
-            raise _crowded() from None
+        for row in dataset.iter_rows():
+            answer = Answer.model_validate_json(row["answer"])
+            if answer.refusal:
+                raise REFUSALS[answer.refusal](answer.reason)
+            found[int(row["number"])] = answer.parts
+            if time.monotonic() - said > SAY_EVERY_S:
+                said = time.monotonic()
+                done = sum(part.rows for parts in found.values() for part in parts)
+                log.info("%s of %s images predicted", f"{done:,}", f"{feed.images:,}")
         seconds = time.monotonic() - started
     return [part for number in sorted(found) for part in found[number]], seconds
 
 
+@dataclass(frozen=True)
 class Scorer:
-    """A process with the model: it reads a unit, predicts it and writes the predictions."""
+    """The model at work: it reads a unit, predicts it and writes the predictions."""
 
-    def __init__(self, job: Job) -> None:
-        self.job = job
-        self.pool = ThreadPoolExecutor(THREADS)
+    job: Job
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """What Ray Data calls it with: numbers and units, as JSON; numbers and answers."""
@@ -161,11 +154,13 @@ class Scorer:
 
     def _predict(self, unit: Unit) -> Iterator[Part]:
         job, held, files = self.job, list[tuple[Slice, Logits]](), 0
-        for found in read_unit(job.source, unit, job.image_column, job.served.image_shape[0], job.invert, self.pool):
-            held.append((found, job.served.predict(found.images)))
-            if sum(len(logits) for _, logits in held) >= FILE_ROWS:
-                yield self._write(f"{unit.number:06d}-{files:03d}.parquet", held)
-                held, files = [], files + 1
+        with ThreadPoolExecutor(THREADS) as pool:
+            size = job.served.image_shape[0]
+            for found in read_unit(job.source, unit, job.image_column, size, job.invert, pool):
+                held.append((found, job.served.predict(found.images)))
+                if sum(len(logits) for _, logits in held) >= FILE_ROWS:
+                    yield self._write(f"{unit.number:06d}-{files:03d}.parquet", held)
+                    held, files = [], files + 1
         if held:
             yield self._write(f"{unit.number:06d}-{files:03d}.parquet", held)
 
@@ -182,13 +177,6 @@ class Scorer:
             sha256=sha256(data),
             predicted=tuple(np.bincount(predicted, minlength=len(self.job.served.classes)).tolist()),
         )
-
-
-class _Process(Scorer):
-    """The same where Ray starts it."""
-
-    def __init__(self, job: Any) -> None:
-        super().__init__(ray.get(job))
 
 
 def schema_of(n_classes: int) -> pa.Schema:
@@ -259,31 +247,13 @@ def _room(cluster: ClusterConfig, pinned: bool) -> tuple[int, dict[str, str]]:
     give_up = time.monotonic() + FREE_CPU_S
     while (free := int(ray.available_resources().get("CPU", 0))) < 1:  # type: ignore[no-untyped-call]
         if time.monotonic() > give_up:
-            raise _crowded()
+            raise ClusterError(f"no CPU of Ray came free in {FREE_CPU_S} s; let other work end, then run again")
         time.sleep(0.5)
     return min(cluster.least_workers, room, free), {NODE_LABEL: here} if pinned else {}
 
 
-def _crowded() -> ClusterError:
-    return ClusterError(f"no CPU of Ray came free in {FREE_CPU_S} s; let other work end, then run again")
-
-
 @contextlib.contextmanager
-def _quiet_core() -> Iterator[None]:
-    """Ray's core says only what is fatal, if it starts meanwhile: Ray Data makes it warn of an actor argument that is
-    Ray Data's own (ray-project/ray#57733)."""
-    name = "RAY_BACKEND_LOG_LEVEL"
-    before = os.environ.get(name)
-    os.environ.setdefault(name, "fatal")
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-
-
-@contextlib.contextmanager
-def _quiet_data() -> Iterator[ray.data.DataContext]:
+def _quiet() -> Iterator[None]:
     """Ray Data without its bars and warnings: whoever started it sees what we say."""
     logger = logging.getLogger("ray.data")
     level, context = logger.level, ray.data.DataContext.get_current().copy()
@@ -292,6 +262,6 @@ def _quiet_data() -> Iterator[ray.data.DataContext]:
     logger.setLevel(logging.CRITICAL)
     try:
         with ray.data.DataContext.current(context):
-            yield context
+            yield
     finally:
         logger.setLevel(level)

@@ -10,8 +10,12 @@ import numpy as np
 import pytest
 
 from lenet.model import LeNet, layer_table
+from pipeline.artifacts import FORMS, Artifact
 from pipeline.checkpoint import EpochMetrics
-from pipeline.evaluate import ClassMetrics, Evaluation, Mistake
+from pipeline.evaluate import Evaluation, FormCheck
+from pipeline.metrics import CalibrationBin, ClassMetrics, Confusion, Interval, Mistake
+from pipeline.probe import Robustness, Speed
+from pipeline.promotion import Comparison
 from pipeline.report import DatasetFacts, LayerFacts, Report, render_html
 
 HOSTILE = ['<script>alert(1)</script>', '"><img src=x onerror=alert(1)>', "{{ 7 * 7 }}'&"]  # fmt: skip
@@ -25,21 +29,35 @@ def epoch(number: int) -> EpochMetrics:
 
 def a_report(names: list[str] | None = None, text: str = "r1", homepage: str = "https://example.org/data",
              epochs: int = 2, mistakes: int = 1) -> Report:  # fmt: skip
-    classes = [ClassMetrics(name=n, precision=0.5, recall=0.25, f1=1 / 3, support=4) for n in names or ["a", "b", "c"]]
+    around = {f"{which}_interval": Interval(low=0.1, high=0.9) for which in ("precision", "recall", "f1")}
+    classes = [ClassMetrics(name=n, precision=0.5, recall=0.25, f1=1 / 3, support=4, **around)
+               for n in names or ["a", "b", "c"]]  # fmt: skip
+    comparison = Comparison(champion=text, champion_accuracy=0.5, gain=-0.25, only_champion=4, only_candidate=1,
+                            p=0.375, promoted=False, reasons=[text, "it recognises 3 images fewer"])  # fmt: skip
     wrong = Mistake(row=7, label=0, predicted=1, probability=0.997, label_probability=0.001)
     evaluation = Evaluation(
         candidate_sha256="c" * 64, dataset_digest="d" * 64, images=12, correct=3, accuracy=0.25, accuracy_low=0.0889,
-        accuracy_high=0.5323, loss=1.5, classes=classes, confusion=[[2, 1, 1], [3, 1, 0], [4, 0, 0]],
+        accuracy_high=0.5323, loss=1.5, brier=0.75, ece=0.0625,
+        calibration=[CalibrationBin(low=0.2, high=0.6, images=12, confidence=0.4, accuracy=0.25),
+                     CalibrationBin(low=0.6, high=1, images=0, confidence=0, accuracy=0)],
+        confusions=[Confusion(label=2, predicted=0, images=4)], test_digest="t" * 64,
+        forms={name: FormCheck(bytes=1000, sha256="e" * 64, largest_difference=2e-6, correct=3) for name in FORMS},
+        predictions={"predictions/00000.parquet": Artifact(bytes=1, sha256="f" * 64)},
+        robustness=[Robustness(change="blur", strength=1.5, unit="pixels", images=12, accuracy=0.125,
+                               accuracy_low=0.03, accuracy_high=0.4)],
+        speed=[Speed(batch=256, images_per_second=12345.6, latency_ms=20.74, latency_p95_ms=33.3)],
+        classes=classes, confusion=[[2, 1, 1], [3, 1, 0], [4, 0, 0]],
         mistakes=[wrong] * mistakes, seconds=0.1,
     )  # fmt: skip
     return Report(
-        format_version=1, run_id=text, finished=datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC),
+        format_version=2, run_id=text, finished=datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC),
         parameters={"lr": 0.9, "epochs": None, text: text},
         dataset=DatasetFacts(name=text, digest="d" * 64, rows={"train": 60_000, "test": 12}, licence=text,
                              homepage=homepage),
         layers=[LayerFacts(**vars(row)) for row in layer_table(LeNet())],
         history=[epoch(number + 1) for number in range(epochs)],
-        world_size=2, device="cpu", training_seconds=84.4, evaluation=evaluation, versions={"torch": "2", text: text},
+        world_size=2, device="cpu", training_seconds=84.4, evaluation=evaluation, comparison=comparison,
+        versions={"torch": "2", text: text}, lineage={"lock": "9" * 64, text: text},
     )  # fmt: skip
 
 
@@ -69,7 +87,18 @@ def test_the_page_holds_the_run_in_numbers() -> None:
         "2026-01-02 03:04:05 UTC",
         "Dataset version dddddddddddd Training",
         "1 2.0000 0.3000 1.5000 0.2500 30,000 2 1.0000",
-        "a 0.500 0.250 0.333 4",
+        "a 0.500 0.100–0.900 0.250 0.100–0.900 0.333 0.100–0.900 4",
+        "Not promoted against r1: r1; it recognises 3 images fewer.",
+        "-25.00 points of accuracy; 1 images are right here alone, 4 in the champion alone; McNemar's exact test gives "
+        "p = 0.38.",
+        "Calibration error 6.2 %",
+        "0.20 to 0.60 12 0.400 0.250 0.60 to 1.00 0 – –",
+        "Brier score 0.7500",
+        "Taken for each other most: c → a (4).",
+        "blur 1.5 pixels 12.5 % 3.0 to 40.0",
+        "model.onnx 1,000 3 2e-06",
+        "256 12,346 20.74 ms 33.30 ms",
+        "lock " + "9" * 64,
         "a → b 99.7 % label 0.1 %",
         "true \\ predicted a b c a 2 1 1 b 3 1 0 c 4 0 0",
         "lr 0.9 epochs none",
@@ -77,10 +106,10 @@ def test_the_page_holds_the_run_in_numbers() -> None:
         "d" * 64,
     ]:
         assert text in page.text, text
-    assert [tag for tag, _ in page.tags if tag in ("h1", "h2")] == ["h1"] + ["h2"] * 8
-    assert sum(tag == "svg" for tag, _ in page.tags) == 2
+    assert [tag for tag, _ in page.tags if tag in ("h1", "h2")] == ["h1"] + ["h2"] * 13
+    assert sum(tag == "svg" for tag, _ in page.tags) == 3
     assert all(attributes.get("alt") for tag, attributes in page.tags if tag == "img")
-    assert sum(tag == "table" for tag, _ in page.tags) == sum(tag == "caption" for tag, _ in page.tags) == 6
+    assert sum(tag == "table" for tag, _ in page.tags) == sum(tag == "caption" for tag, _ in page.tags) == 11
 
 
 @pytest.mark.parametrize("hostile", HOSTILE)

@@ -1,0 +1,97 @@
+"""Proves that the report page works in a real browser: light and dark, on a desk and on a phone, and all by itself."""
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from playwright.sync_api import Browser, Page, sync_playwright
+
+from lenet.model import LeNet
+from pipeline.storage import Store
+
+if TYPE_CHECKING:
+    from tests.pipeline.conftest import Receipts
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+SECTIONS = (
+    "Curves", "Calibration", "Confusion matrix", "Classes", "Worst mistakes", "Robustness", "Forms", "Speed",
+    "Parameters", "Model", "Data", "Versions", "Lineage",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    program = next(filter(None, map(shutil.which, BROWSERS)), None)
+    assert program is not None, "Chromium is missing; make test installs it, or: apt-get install chromium"
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def report(local_store: Store, trained: Callable[..., "Receipts"], good_models: list[LeNet]) -> Path:
+    """The page of a published run."""
+    trained(local_store, "r", model=good_models[-1]).publish(local_store)
+    return Path(local_store.path("runs/r/report.html"))
+
+
+class Visit:
+    """The page in a window, with all that the browser complained of and asked for."""
+
+    def __init__(self, browser: Browser, report: Path, width: int, scheme: str) -> None:
+        self.page: Page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)  # type: ignore[arg-type]
+        self.complaints: list[str] = []
+        self.requests: list[str] = []
+        self.page.on("console", lambda message: self.complaints.append(message.text))
+        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        self.page.on("request", lambda request: self.requests.append(request.url))
+        self.page.goto(report.as_uri())
+
+    def brightness(self, of: str) -> float:
+        """Of a colour of the body, 0 to 255."""
+        colour = self.page.evaluate(f"getComputedStyle(document.body).{of}")
+        red, green, blue = (int(part) for part in colour[4:-1].split(","))
+        return (red + green + blue) / 3
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 375])
+def test_the_page_shows_all_and_asks_for_nothing(browser: Browser, report: Path, width: int, scheme: str) -> None:
+    visit = Visit(browser, report, width, scheme)
+    page = visit.page
+    assert visit.complaints == []
+    assert [url for url in visit.requests if not url.startswith("data:")] == [report.as_uri()]
+    headings = page.get_by_role("heading", level=2)
+    assert tuple(headings.all_inner_texts()) == SECTIONS
+    assert all(heading.is_visible() for heading in headings.all())
+    assert page.get_by_role("heading", level=1).inner_text() == "r"
+    # Nothing is wider than the window but what scrolls in a box of its own.
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    ink, paper = visit.brightness("color"), visit.brightness("backgroundColor")
+    assert (ink < 80 < 200 < paper) if scheme == "light" else (paper < 80 < 200 < ink)
+    page.close()
+
+
+def test_pictures_and_drawings_are_drawn(browser: Browser, report: Path) -> None:
+    page = Visit(browser, report, 1280, "light").page
+    widths = page.evaluate("[...document.images].map(image => image.naturalWidth)")
+    assert widths
+    assert set(widths) == {28}
+    boxes = [drawing.bounding_box() for drawing in page.locator("svg").all()]
+    assert len(boxes) == 3
+    assert all(box is not None and box["width"] > 250 and box["height"] > 150 for box in boxes)
+    page.close()
+
+
+def test_tables_open_and_scroll_by_keyboard(browser: Browser, report: Path) -> None:
+    page = Visit(browser, report, 375, "light").page
+    assert not page.get_by_role("region", name="Calibration, table").is_visible()
+    page.get_by_text("All bins in numbers").press("Enter")
+    assert page.get_by_role("region", name="Calibration, table").is_visible()
+    region = page.get_by_role("region", name="Confusion matrix, table")
+    region.press("ArrowRight")
+    page.wait_for_function("element => element.scrollLeft > 0", arg=region.element_handle(), timeout=5000)
+    page.close()
