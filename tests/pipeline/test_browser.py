@@ -1,4 +1,4 @@
-"""Proves that the report page works in a real browser: light and dark, on a desk and on a phone, and all by itself."""
+"""Proves that the report page works in a real browser: light and dark, on a desk and on a phone, by itself."""
 
 import shutil
 from collections.abc import Callable, Iterator
