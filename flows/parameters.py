@@ -24,7 +24,11 @@ def with_parameters(
     def decorate(function: Function) -> Function:
         parameters, lines = [], [inspect.cleandoc(function.__doc__ or ""), "", "Args:"]
         for name, field in config.model_fields.items():
-            text = f"{field.description} Takes {allowed(name)}." if allowed(name) else str(field.description)
+            text = (
+                f"{field.description} Takes {allowed(name, config)}."
+                if allowed(name, config)
+                else str(field.description)
+            )
             annotation = annotate(field, text)
             parameters.append(
                 inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=annotation)

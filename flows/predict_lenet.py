@@ -26,4 +26,4 @@ def predict(config: PredictConfig) -> BatchReport:
 def predict_lenet(**parameters: Any) -> BatchReport:
     """Predict pictures or Parquet with a published model, on Ray, and publish the predictions as Parquet."""
     logging.getLogger("pipeline").setLevel(logging.INFO)
-    return predict(config_of(parameters, PredictConfig))  # type: ignore[type-var]
+    return predict(config_of(parameters, PredictConfig))

@@ -78,7 +78,7 @@ class TuneRunConfig(TuneConfig, ClusterConfig, TrainConfig, DataConfig):
     )
 
 
-Config = TypeVar("Config", bound=DataConfig)
+Config = TypeVar("Config", bound=BaseModel)
 
 
 class RunRecord(BaseModel):
@@ -101,16 +101,15 @@ def config_of(parameters: Mapping[str, Any], kind: type[Config] = RunConfig) -> 
         rule = first["msg"].removeprefix("Value error, ").replace("Input should", "it should")
         rule, _, remedy = rule.partition("; ")
         if not remedy:
-            remedy = f"use {allowed(name)}" if allowed(name) else "see lenet train --help"
+            remedy = f"use {allowed(name, kind)}" if allowed(name, kind) else "see its help"
         raise ConfigError(name, first["input"], rule, remedy) from None
 
 
-def allowed(name: str) -> str:
+def allowed(name: str, kind: type[BaseModel] = RunConfig) -> str:
     """What a parameter accepts, in words read from its schema; empty when any text will do."""
-    properties = TuneRunConfig.model_json_schema()["properties"] | RunConfig.model_json_schema()["properties"]
-    schema = properties.get(name)
+    schema = kind.model_json_schema()["properties"].get(name)
     if schema is None:
-        return f"one of {', '.join(RunConfig.model_fields)}"
+        return f"one of {', '.join(kind.model_fields)}"
     for option in [schema, *schema.get("anyOf", [])]:
         low, above = option.get("minimum"), option.get("exclusiveMinimum")
         high, below = option.get("maximum"), option.get("exclusiveMaximum")

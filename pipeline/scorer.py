@@ -98,7 +98,7 @@ def predict_units(job: Job, feed: Feed, cluster: ClusterConfig) -> tuple[list[Pa
         dataset = ray.data.from_items(units, override_num_blocks=min(len(units), BLOCKS)).map_batches(
             Scorer(job),
             batch_size=1,
-            compute=ray.data.TaskPoolStrategy(size=processes),
+            compute=ray.data.TaskPoolStrategy(size=min(processes, len(units))),
             num_cpus=1,
             label_selector=where,
         )

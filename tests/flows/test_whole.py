@@ -18,7 +18,9 @@ import psutil
 import pytest
 from ray.cluster_utils import Cluster
 
+from pipeline.batch import read_manifest
 from pipeline.publish import find_run, read_latest, verify_run
+from pipeline.registry import open_model
 from pipeline.run import RunConfig
 from pipeline.storage import open_store
 from pipeline.train import find_training, staging
@@ -110,7 +112,7 @@ def worker(prefect_server: PrefectServer, s3_env: dict[str, str], tmp_path: Path
 def test_a_deployment_runs_on_a_real_server_worker_ray_and_s3(
     prefect_server: PrefectServer, s3_server: Any, s3_env: dict[str, str]
 ) -> None:
-    prefect_server.prefect("deploy")
+    prefect_server.prefect("deploy", "--all")
     deployment = prefect_server.ask("/deployments/name/train-lenet/train-lenet")
     schema = deployment["parameter_openapi_schema"]["properties"]
     assert list(schema) == list(RunConfig.model_fields)
@@ -143,6 +145,18 @@ def test_a_deployment_runs_on_a_real_server_worker_ray_and_s3(
     assert artifacts["training-progress"]["data"] == 100
     assert f"**{manifest.accuracy:.2%}**" in artifacts["training-report"]["data"]
     assert f"{url}/runs/nightly/report.html" in artifacts["report-page"]["data"]
+
+    assert "there was no champion before" in artifacts["promotion"]["data"]
+    assert open_model(url).run_id == "nightly"
+
+    # The champion predicts what is in the bucket, by the other deployment.
+    shards = f"source={url}/{manifest.dataset_folder}/test-*.parquet"
+    given = ["-p", shards, "-p", f"model={url}", "-p", f"output={url}/predicted"]
+    out = prefect_server.prefect("deployment", "run", "predict-lenet/predict-lenet", *given, "--watch")
+    assert "Completed" in out
+    predicted = read_manifest(open_store(f"{url}/predicted"))
+    assert predicted is not None
+    assert (predicted.images, predicted.version, predicted.unreadable) == (10_000, 1, 0)
 
     # The same run once more does nothing again: Prefect finds its steps finished in the store.
     before = {key: store.read(key) for key in store.keys("runs")}

@@ -76,8 +76,8 @@ def test_larger_and_oblong_pictures_are_not_stretched(small_splits: "Splits", sa
     pixels, inverted, size = prepare_picture(save(wide, "wide.png"), 28, "auto")
     assert (size, inverted) == ((280, 680), True)
     inside = np.zeros_like(image)
-    assert (pixels[:8] == 0).all()  # what was added above is background
-    assert (pixels[:, :8] == 0).all()
+    assert pixels[:8].max() < 4  # what was added above is background
+    assert pixels[:, :8].max() < 4
     assert pixels[9:19, 9:19].mean() > inside.mean()
 
 
