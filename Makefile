@@ -1,4 +1,5 @@
 # make run    set up, then run the whole pipeline on real data; options by ARGS, e.g. make run ARGS="--epochs 3"
+# make up     start the whole stack here: S3, Prefect with a worker, three Ray nodes; make status, make down
 # make test   set up, then run all tests
 # make check  lint, format and types, as CI does
 # make bench  measure against the textbook loop (10 minutes) and write docs/benchmarks.md
@@ -16,10 +17,19 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint requi
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 export PYTHONWARNINGS ?= ignore
 
-.PHONY: run test check format bench bench-data bench-scale bench-scaling accuracy faults gpu-check parity clean
+.PHONY: run up status down test check format bench bench-data bench-scale bench-scaling accuracy faults gpu-check parity clean
 
 run: .venv/runs
 	@$(BIN)/lenet train $(ARGS)
+
+up: .venv/stack
+	@$(BIN)/python -m infra up $(ARGS)
+
+status: .venv/stack
+	@$(BIN)/python -m infra status $(ARGS)
+
+down: .venv/stack
+	@$(BIN)/python -m infra down $(ARGS)
 
 test: .venv/tests
 	$(BIN)/python -m pytest $(ARGS)
@@ -64,6 +74,10 @@ clean:
 	@echo "setting up .venv (about 3 minutes the first time; PyTorch is large)"
 	$(PYTHON) -m venv .venv
 	$(PIP) --editable .
+	@touch $@
+
+.venv/stack: .venv/runs
+	$(PIP) --editable '.[stack]'
 	@touch $@
 
 .venv/tests: .venv/runs

@@ -17,7 +17,7 @@ from pipeline.errors import ConfigError, DataError
 from pipeline.feed import Feed, find_feed, source_digest
 from pipeline.predict import Invert
 from pipeline.registry import Served, open_model
-from pipeline.scorer import PREDICTIONS, RECEIPTS, Job, Part
+from pipeline.scorer import PREDICTIONS, RECEIPTS, Job, Part, Predicted
 from pipeline.storage import Store, open_store, sha256
 
 log = logging.getLogger(__name__)
@@ -69,7 +69,8 @@ class PredictConfig(BaseModel):
 
 
 class BatchReport(BaseModel):
-    """What came of it. `seconds` are those of predicting, with the start of the processes but not of Ray."""
+    """What came of it. `seconds` are those of predicting, with the start of the processes but not of Ray; the rate is
+    of the images that were predicted in them, not of those that an earlier attempt has left."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -120,11 +121,11 @@ def predict_batch(config: PredictConfig) -> BatchReport:
         return _report(done)
     output.check_writable()
     job = Job(feed.store, output, served, config.image_column, config.invert, content)
-    parts, seconds = scorer.predict_units(job, feed, config.cluster)
+    predicted = scorer.predict_units(job, feed, config.cluster)
     if source_digest(config.source) != feed.digest:
         _forget(job)
         raise DataError(f"{config.source}: changed while it was read; let it rest and run again")
-    manifest = _publish(config, job, feed, parts, seconds)
+    manifest = _publish(config, job, feed, predicted)
     log.info(
         "%s images predicted by %s, %s a second: %s",
         f"{manifest.images:,}", manifest.model, f"{manifest.images_per_second:,.0f}", manifest.output,
@@ -187,9 +188,9 @@ def _find(output: Store, config: PredictConfig, content: str) -> BatchManifest |
     return found
 
 
-def _publish(config: PredictConfig, job: Job, feed: Feed, parts: list[Part], seconds: float) -> BatchManifest:
+def _publish(config: PredictConfig, job: Job, feed: Feed, predicted: Predicted) -> BatchManifest:
     """Create the manifest, or find that another job of the same content has; then remove what no manifest names."""
-    served, output = job.served, job.output
+    served, output, parts = job.served, job.output, predicted.parts
     images = sum(part.rows for part in parts)
     if images != feed.images:
         raise DataError(f"{config.source}: {images:,} images where its files promise {feed.images:,}; write them again")
@@ -203,8 +204,8 @@ def _publish(config: PredictConfig, job: Job, feed: Feed, parts: list[Part], sec
         images=images,
         unreadable=sum(part.unreadable for part in parts),
         predicted={name: sum(part.predicted[number] for part in parts) for number, name in enumerate(served.classes)},
-        seconds=seconds,
-        images_per_second=images / seconds,
+        seconds=predicted.seconds,
+        images_per_second=predicted.images_now / predicted.seconds,
         files=len(parts),
         format_version=FORMAT_VERSION,
         finished=datetime.now(UTC),

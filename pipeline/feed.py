@@ -27,7 +27,7 @@ from pipeline.own import check_inside, shown
 from pipeline.pictures import SUFFIXES
 from pipeline.predict import THREADS, Invert, prepare_batch
 from pipeline.storage import LocalStore, Store, open_store
-from pipeline.tables import IMAGES_ACCEPTED, _is_encoded, _is_raw
+from pipeline.tables import IMAGES_ACCEPTED, is_encoded, is_raw
 
 TABLE = ".parquet"
 ACCEPTED = f"a source is a folder or s3://bucket/prefix with {', '.join(SUFFIXES)} or {TABLE}, or one such file"
@@ -112,7 +112,7 @@ def read_unit(store: Store, unit: Unit, column: str, size: int, invert: Invert, 
     (key,) = unit.keys
     row = unit.first_row
     with _opened(store, key) as file:
-        encoded = _is_encoded(file.schema_arrow.field(column).type)
+        encoded = is_encoded(file.schema_arrow.field(column).type)
         # Not read ahead: all of a row group would be in memory.
         batches = file.iter_batches(
             READ_PICTURES if encoded else READ_PIXELS, row_groups=list(unit.groups), columns=[column], use_threads=False
@@ -132,7 +132,7 @@ def read_column(values: Any, size: int, invert: Invert, pool: Executor) -> tuple
     if isinstance(values.type, pa.FixedShapeTensorType):
         values = values.storage
     wrong = {int(index): "null" for index in np.flatnonzero(values.is_null().to_numpy(zero_copy_only=False))}
-    if _is_encoded(values.type):
+    if is_encoded(values.type):
         images, bad = prepare_batch(pool, [value or b"" for value in values.to_pylist()], size, invert)
         return images, bad | wrong
     if not pa.types.is_fixed_size_binary(values.type):
@@ -251,9 +251,9 @@ def _check_column(schema: pa.Schema, column: str, size: int, where: str) -> bool
         has = ", ".join(map(shown, schema.names)) or "none"
         raise DataError(f"{where}: has no column {column!r} (but {has}); name it with image_column")
     kind = schema.field(column).type
-    if _is_encoded(kind):
+    if is_encoded(kind):
         return True
-    if not _is_raw(kind):
+    if not is_raw(kind):
         raise DataError(f"{where}, {column}: {kind} is not images; they have to be {IMAGES_ACCEPTED}")
     pixels = size * size
     if pa.types.is_fixed_size_binary(kind):

@@ -17,6 +17,7 @@ from pipeline.own import BATCH, Batch, Found, SourceFile, check_classes, shown, 
 SUFFIXES = (".png", ".jpg", ".jpeg")
 FORMATS = ("PNG", "JPEG")  # of what Pillow can read, these alone: fewer decoders that meet strangers' bytes
 MAX_PIXELS = 64 * 10**6
+MIDDLE = 127  # what is brighter is light
 
 # What decode_picture does, for the record.
 CONVERSION: dict[str, str | int | float] = {
@@ -28,20 +29,30 @@ CONVERSION: dict[str, str | int | float] = {
 
 def decode_picture(encoded: Path | bytes, size: int) -> Pixels:
     """Grey pixels uint8 (size, size) of a PNG or JPEG, in a file or in memory. Raises DataError with the reason."""
+    grey = open_picture(encoded)
+    if grey.size != (size, size):
+        grey = grey.resize((size, size), Image.Resampling.BILINEAR)  # Pillow widens the filter when it shrinks
+    return np.asarray(grey, dtype=np.uint8)
+
+
+def open_picture(encoded: Path | bytes, lift: bool = False) -> Image.Image:
+    """A PNG or JPEG as a grey image, upright, of the size it has. Raises DataError with the reason.
+
+    What is transparent is put on white; with `lift` on black if it is light, for on white nobody would see it.
+    """
     try:
         with Image.open(io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise DataError(f"{image.width}x{image.height} pixels, more than {MAX_PIXELS}")
-            grey = _grey(ImageOps.exif_transpose(image))
+            return _grey(ImageOps.exif_transpose(image), lift)
     except DataError:
         raise
     except UnidentifiedImageError:
         raise DataError("neither PNG nor JPEG") from None
+    except OSError as error:
+        raise DataError(error.strerror or str(error).splitlines()[0]) from None
     except Exception as error:  # Pillow has no common root for what broken files make it raise
         raise DataError(str(error).splitlines()[0] if str(error) else type(error).__name__) from None
-    if grey.size != (size, size):
-        grey = grey.resize((size, size), Image.Resampling.BILINEAR)  # Pillow widens the filter when it shrinks
-    return np.asarray(grey, dtype=np.uint8)
 
 
 def decode_batch(pool: Executor, encoded: Sequence[Path | bytes], size: int) -> Batch:
@@ -101,16 +112,23 @@ def find_pictures(root: Path, size: int, pool: Executor) -> Found:
     return Found(used, classes, labels, batches, {"form": "pictures", "image_size": size, **CONVERSION})
 
 
-def _grey(image: Image.Image) -> Image.Image:
+def _grey(image: Image.Image, lift: bool) -> Image.Image:
     if image.mode.startswith("I"):  # 16 bits: Pillow would cut them off at 255
         wide = np.asarray(image).astype(np.int64).clip(0, 65535)
         return Image.fromarray(((wide + 128) // 257).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        ground = "black" if lift and _is_light(image) else "white"
+        image = Image.alpha_composite(Image.new("RGBA", image.size, ground), image)
     if image.mode not in ("1", "L"):
         image = image.convert("RGB")
     return image.convert("L")
+
+
+def _is_light(image: Image.Image) -> bool:
+    """Whether what can be seen of an RGBA image is light."""
+    seen = np.asarray(image.convert("RGB").convert("L"))[np.asarray(image.getchannel("A")) > MIDDLE]
+    return bool(seen.size and np.median(seen) > MIDDLE)
 
 
 def _folders(root: Path) -> list[str]:

@@ -3,7 +3,6 @@
 A model knows light objects on black, upright, small and square. A photo may be none of that.
 """
 
-import io
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -12,14 +11,14 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from pydantic import BaseModel, ConfigDict
 from scipy.special import softmax
 
 from pipeline.errors import DataError
 from pipeline.idx import Pixels
 from pipeline.own import BATCH, shown
-from pipeline.pictures import FORMATS, MAX_PIXELS, _grey
+from pipeline.pictures import MIDDLE, open_picture
 
 if TYPE_CHECKING:
     from pipeline.registry import Served
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
 Invert = Literal["auto", "yes", "no"]
 Probabilities = npt.NDArray[np.float64]
 THREADS = min(8, os.cpu_count() or 1)
-MIDDLE = 127  # a border brighter than this is a light background: so are 2 of Fashion-MNIST's 70,000 images
 
 
 class Prepared(NamedTuple):
@@ -95,10 +93,11 @@ def prepare_picture(encoded: Path | bytes, size: int, invert: Invert = "auto") -
     has light and dark exchanged; `invert` says yes or no to that for all. With "no", and the size of the model, a
     picture is what `pipeline.pictures.decode_picture` makes of it.
     """
-    grey = _open_grey(encoded, lift=invert == "auto")
+    grey = open_picture(encoded, lift=invert == "auto")
     pixels = np.asarray(grey, np.uint8)
     ring = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
     background = float(np.median(ring))
+    # A light border is a light background, but for 2 of Fashion-MNIST's 70,000 images.
     inverted = invert == "yes" or (invert == "auto" and background > MIDDLE)
     if grey.size == (size, size):
         return Prepared(_inverted(pixels) if inverted else pixels, inverted, None)
@@ -126,34 +125,6 @@ def prepare_batch(
 
     list(pool.map(prepare, range(len(encoded))))
     return images, dict(sorted(bad.items()))
-
-
-def _open_grey(encoded: Path | bytes, lift: bool) -> Image.Image:
-    try:
-        with Image.open(io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded, formats=FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise DataError(f"{image.width}x{image.height} pixels, more than {MAX_PIXELS}")
-            upright = ImageOps.exif_transpose(image)
-            if lift and upright.has_transparency_data and not upright.mode.startswith("I"):
-                upright = _lifted(upright)
-            return _grey(upright)
-    except DataError:
-        raise
-    except UnidentifiedImageError:
-        raise DataError("neither PNG nor JPEG") from None
-    except OSError as error:
-        raise DataError(error.strerror or str(error).splitlines()[0]) from None
-    except Exception as error:  # Pillow has no common root for what broken files make it raise
-        raise DataError(str(error).splitlines()[0] if str(error) else type(error).__name__) from None
-
-
-def _lifted(image: Image.Image) -> Image.Image:
-    """What is light and drawn on nothing, put on black: on white, as the rest is put, nobody would see it."""
-    solid = image.convert("RGBA")
-    brightness = np.asarray(solid.convert("RGB").convert("L"))[np.asarray(solid.getchannel("A")) > MIDDLE]
-    if brightness.size and np.median(brightness) > MIDDLE:
-        return Image.alpha_composite(Image.new("RGBA", solid.size, "black"), solid)
-    return solid
 
 
 def _inverted(pixels: Pixels) -> Pixels:

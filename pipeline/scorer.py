@@ -8,7 +8,7 @@ and holds a few images at a time.
 import contextlib
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -76,19 +76,29 @@ class Job:
 
 
 class Answer(BaseModel):
-    """What a unit came to: its files, or the error, by its name, that a user can mend."""
+    """What a unit came to, now or before: its files, or the error, by its name, that a user can mend."""
 
     parts: list[Part] = []
+    before: bool = False
     refusal: str = ""
     reason: str = ""
 
 
-def predict_units(job: Job, feed: Feed, cluster: ClusterConfig) -> tuple[list[Part], float]:
-    """Have every unit predicted on Ray; the files in the order of the units, and the seconds, without Ray's start.
+@dataclass(frozen=True)
+class Predicted:
+    """The files in the order of the units; how long it took, without Ray's start, and how many images that was for."""
+
+    parts: list[Part]
+    seconds: float
+    images_now: int
+
+
+def predict_units(job: Job, feed: Feed, cluster: ClusterConfig) -> Predicted:
+    """Have every unit predicted on Ray, but for those of which there is a receipt.
 
     Raises DataError and StorageError as reading and writing do, ClusterError when no CPU comes free.
     """
-    found: dict[int, list[Part]] = {}
+    found: dict[int, Answer] = {}
     with ray_session(cluster), _quiet():
         # Files of this machine are to be seen from here alone.
         processes, where = _room(cluster, isinstance(job.source, LocalStore) or isinstance(job.output, LocalStore))
@@ -106,13 +116,17 @@ def predict_units(job: Job, feed: Feed, cluster: ClusterConfig) -> tuple[list[Pa
             answer = Answer.model_validate_json(row["answer"])
             if answer.refusal:
                 raise REFUSALS[answer.refusal](answer.reason)
-            found[int(row["number"])] = answer.parts
+            found[int(row["number"])] = answer
             if time.monotonic() - said > SAY_EVERY_S:
                 said = time.monotonic()
-                done = sum(part.rows for parts in found.values() for part in parts)
-                log.info("%s of %s images predicted", f"{done:,}", f"{feed.images:,}")
+                log.info("%s of %s images predicted", f"{_images(found.values()):,}", f"{feed.images:,}")
         seconds = time.monotonic() - started
-    return [part for number in sorted(found) for part in found[number]], seconds
+    parts = [part for number in sorted(found) for part in found[number].parts]
+    return Predicted(parts, seconds, _images(answer for answer in found.values() if not answer.before))
+
+
+def _images(answers: Iterable[Answer]) -> int:
+    return sum(part.rows for answer in answers for part in answer.parts)
 
 
 @dataclass(frozen=True)
@@ -150,7 +164,8 @@ class Scorer:
         keys = [f"{self.job.folder}/{part.name}" for part in done.parts]
         there = all(map(output.exists, keys))
         digests = [part.sha256 for part in done.parts]
-        return done if there and [sha256(output.read(key)) for key in keys] == digests else None
+        whole = there and [sha256(output.read(key)) for key in keys] == digests
+        return done.model_copy(update={"before": True}) if whole else None
 
     def _predict(self, unit: Unit) -> Iterator[Part]:
         job, held, files = self.job, list[tuple[Slice, Logits]](), 0

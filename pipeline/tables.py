@@ -40,7 +40,7 @@ def find_tables(files: Sequence[SourceFile], config: SourceConfig, pool: Executo
         "image_column": config.image_column,
         "label_column": config.label_column,
     }
-    if _is_encoded(kind):
+    if is_encoded(kind):
         conversion |= pictures.CONVERSION
 
     def batches(split: str) -> Iterator[Batch]:
@@ -87,8 +87,8 @@ def _check_schema(file: SourceFile, config: SourceConfig) -> None:
             raise DataError(f"{shown(file.name)}: has no column {column!r} (but {has}); name it with {option}")
     image, label = schema.field(config.image_column).type, schema.field(config.label_column).type
     where, size = f"{shown(file.name)}, {config.image_column}", config.image_size
-    if not _is_encoded(image):
-        if not _is_raw(image):
+    if not is_encoded(image):
+        if not is_raw(image):
             raise DataError(f"{where}: {image} is not images; they have to be {IMAGES_ACCEPTED}")
         if isinstance(image, pa.FixedShapeTensorType):
             # A channel of 1 may stand anywhere, in how the values lie and in how they are meant.
@@ -202,7 +202,7 @@ def _decode(values: Any, size: int, pool: Executor, where: str, row: int) -> Bat
         values = pc.struct_field(values, "bytes")  # null where the struct is
     if values.null_count:
         raise DataError(f"{where}: null at row {row + _first(values.is_null())}; give every label an image")
-    if _is_encoded(values.type):
+    if is_encoded(values.type):
         return pictures.decode_batch(pool, values.to_pylist(), size)
     if pa.types.is_fixed_size_binary(values.type):
         width = size * size
@@ -224,13 +224,15 @@ def _decode(values: Any, size: int, pool: Executor, where: str, row: int) -> Bat
     return Batch(flat.to_numpy(zero_copy_only=False).reshape(-1, size, size), {})
 
 
-def _is_encoded(kind: pa.DataType) -> bool:
+def is_encoded(kind: pa.DataType) -> bool:
+    """Whether a column of this type may hold encoded pictures."""
     if pa.types.is_struct(kind):
-        return kind.get_field_index("bytes") >= 0 and _is_encoded(kind.field("bytes").type)
+        return kind.get_field_index("bytes") >= 0 and is_encoded(kind.field("bytes").type)
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
 
-def _is_raw(kind: pa.DataType) -> bool:
+def is_raw(kind: pa.DataType) -> bool:
+    """Whether a column of this type may hold raw uint8 pixels."""
     if isinstance(kind, pa.FixedShapeTensorType):
         return bool(kind.value_type == pa.uint8())
     lists = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)

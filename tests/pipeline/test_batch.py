@@ -23,7 +23,7 @@ from pipeline.feed import find_feed
 from pipeline.idx import Pixels
 from pipeline.predict import predict_pictures
 from pipeline.registry import open_model, promote_by_hand, register
-from pipeline.scorer import Answer, Job, Part, Scorer, schema_of
+from pipeline.scorer import Answer, Job, Part, Predicted, Scorer, schema_of
 from pipeline.shards import Manifest
 from pipeline.storage import Store, open_store, sha256
 
@@ -180,7 +180,7 @@ def test_the_same_again_is_no_work_and_other_content_is_refused(
         job.output.put(f"{job.folder}/{part.name}", b"where")
         for key, data in before.items():
             contested.create(key, data)
-        return [part], 1.0
+        return Predicted([part], 1.0, 600)
 
     monkeypatch.setattr(scorer, "predict_units", overtaken)
     with pytest.raises(ConfigError, match=refused):
@@ -203,12 +203,15 @@ def test_a_job_that_broke_off_goes_on(
     with pytest.raises(DataError, match=rf"^{torn}: cannot be read to its end \(.*\); write it again$"):
         predict_batch(config)
     assert not output.exists("manifest.json")
-    kept = {key: (tmp_path / "out" / key).stat().st_mtime_ns for key in output.keys("receipts")}
-    assert kept
+    answers = [Answer.model_validate_json(output.read(key)) for key in output.keys("receipts")]
+    before = sum(part.rows for answer in answers for part in answer.parts)
+    assert before
     torn.write_bytes(whole)
     os.utime(torn, ns=(times.st_atime_ns, times.st_mtime_ns))
     predictions = {key: (tmp_path / "out" / key).stat().st_ino for key in output.keys("predictions")}
-    assert predict_batch(config).images == 800
+    report = predict_batch(config)
+    assert report.images == 800
+    assert report.images_per_second * report.seconds == pytest.approx(800 - before)
     assert len(rows_of(output)["path"]) == 800
     assert predictions.items() <= {key: (tmp_path / "out" / key).stat().st_ino for key in output.keys("")}.items()
 
@@ -223,7 +226,7 @@ def test_a_source_that_changes_meanwhile_is_not_published(
     def meddled(job: Job, *_: object) -> object:
         job.output.put(f"{job.folder}/000000-000.parquet", b"predictions")
         (folder / "late.parquet").write_bytes(next(folder.glob("test-*")).read_bytes())
-        return [], 1.0
+        return Predicted([], 1.0, 0)
 
     monkeypatch.setattr(scorer, "predict_units", meddled)
     with pytest.raises(DataError, match=rf"^{folder}: changed while it was read; let it rest and run again$"):

@@ -1,18 +1,22 @@
 """Proves that a picture is classified as its image in the dataset is, however it was saved."""
 
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from scipy.special import softmax
 
 from lenet.model import LeNet
 from pipeline.errors import DataError
 from pipeline.idx import Pixels
-from pipeline.predict import predict_pictures, prepare_picture
+from pipeline.pictures import decode_picture
+from pipeline.predict import predict_pictures, prepare_picture, probabilities
 from pipeline.registry import Served
 
 if TYPE_CHECKING:
@@ -92,3 +96,123 @@ def test_what_is_no_picture_is_named(served: Served, tmp_path: Path) -> None:
 
 def test_no_pictures_are_no_predictions(served: Served) -> None:
     assert predict_pictures(served, []) == []
+
+
+@pytest.fixture
+def boot(small_splits: "Splits") -> Pixels:
+    """The first test image, an ankle boot on black."""
+    return small_splits["test"][0][0]
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
+    data = io.BytesIO()
+    image.save(data, kind, **options)
+    return data.getvalue()
+
+
+def enlarged(image: Pixels, factor: int = 10) -> Image.Image:
+    height, width = image.shape
+    return Image.fromarray(image).resize((factor * width, factor * height), Image.Resampling.BICUBIC)
+
+
+def assert_like(found: Pixels, image: Pixels) -> None:
+    """As near to the image, enlarged and made small again, as JPEG comes."""
+    plain = decode_picture(encoded(enlarged(image)), 28)
+    assert np.abs(found.astype(int) - plain).mean() < 2
+
+
+def test_what_was_trained_on_is_taken_as_it_is(small_splits: "Splits") -> None:
+    for image in small_splits["test"][0]:
+        prepared = prepare_picture(encoded(Image.fromarray(image)), 28)
+        assert np.array_equal(prepared.image, image)
+        assert (prepared.inverted, prepared.resized_from) == (False, None)
+
+
+@pytest.mark.parametrize("on_white", [False, True])
+def test_a_printers_photo_becomes_the_image(boot: Pixels, on_white: bool) -> None:
+    photo = enlarged(255 - boot if on_white else boot).convert("CMYK")
+    prepared = prepare_picture(encoded(photo, "JPEG", quality=95), 28)
+    assert_like(prepared.image, boot)
+    assert (prepared.inverted, prepared.resized_from) == (on_white, (280, 280))
+
+
+def test_what_is_drawn_on_nothing_is_put_on_the_ground_that_shows_it(boot: Pixels) -> None:
+    alpha = enlarged(np.where(boot > 0, 255, 0).astype(np.uint8))
+    on_black = np.where(boot > 0, boot.clip(150), 0).astype(np.uint8)
+    for drawn, inverted in ((boot.clip(150), False), (255 - boot.clip(150), True)):
+        prepared = prepare_picture(encoded(Image.merge("LA", (enlarged(drawn), alpha))), 28)
+        assert prepared.inverted is inverted
+        assert_like(prepared.image, on_black)
+
+
+def test_a_palette_with_a_transparent_colour_and_16_bits(boot: Pixels) -> None:
+    drawn = Image.fromarray(np.where(boot > 0, 1, 0).astype(np.uint8), "P")
+    drawn.putpalette([0, 0, 0, 255, 255, 255])
+    assert np.array_equal(prepare_picture(encoded(drawn, transparency=0), 28).image, np.where(boot > 0, 255, 0))
+    wide = Image.fromarray(boot.astype(np.uint16) * 257)
+    assert np.array_equal(prepare_picture(encoded(wide), 28).image, boot)
+
+
+@pytest.mark.parametrize("background", [0, 255])
+def test_what_is_not_square_is_padded_with_its_background(boot: Pixels, background: int) -> None:
+    lit = 255 - boot if background else boot
+    cut = lit[5:23]  # the boot, wider than high, and a row or more of its ground on either side
+    assert (cut[[0, -1]] == background).all()
+    centred = np.zeros_like(boot)
+    centred[5:23] = 255 - cut if background else cut
+    lying, standing = (prepare_picture(encoded(enlarged(pixels)), 28) for pixels in (cut, cut.T))
+    assert (lying.resized_from, standing.resized_from) == ((180, 280), (280, 180))
+    assert_like(lying.image, centred)
+    assert_like(standing.image, centred.T)
+
+
+def test_a_photo_is_turned_as_its_camera_was_held(boot: Pixels) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn it a quarter clockwise
+    photo = enlarged(np.rot90(boot)).convert("RGB")
+    assert_like(prepare_picture(encoded(photo, "JPEG", exif=exif, quality=95), 28).image, boot)
+
+
+@given(st.integers(1, 60), st.integers(1, 60), st.sampled_from([28, 32]), st.integers(0, 2**32 - 1))
+def test_any_picture_gives_an_image_of_the_size(height: int, width: int, size: int, seed: int) -> None:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width), np.uint8)
+    data = encoded(Image.fromarray(pixels))
+    prepared = prepare_picture(data, size)
+    assert prepared.image.shape == (size, size)
+    assert prepared.image.dtype == np.uint8
+    if height == width:  # but for light and dark, what a dataset would have been given
+        plain = decode_picture(data, size)
+        assert np.array_equal(prepared.image, 255 - plain if prepared.inverted else plain)
+
+
+def test_photos_on_white_are_recognised_like_the_images(served: Served, small_splits: "Splits", tmp_path: Path) -> None:
+    images, labels = (array[:100] for array in small_splits["test"])
+    paths = [tmp_path / f"{row}.jpg" for row in range(100)]
+    for image, path in zip(images, paths, strict=True):
+        path.write_bytes(encoded(enlarged(255 - image, 8), "JPEG", quality=90))
+    found = predict_pictures(served, paths)
+    assert all(prediction.inverted for prediction in found)
+    assert [prediction.path for prediction in found] == [str(path) for path in paths]
+    right = sum(prediction.name == served.classes[label] for prediction, label in zip(found, labels, strict=True))
+    plain = int((served.predict(images).argmax(axis=1) == labels).sum())
+    assert plain > 70
+    assert right >= plain - 3
+
+
+def test_probabilities_of_large_logits_are_finite() -> None:
+    assert probabilities(np.array([[1e4, 0, -1e4]], np.float32)).tolist() == [[1, 0, 0]]
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "neither PNG nor JPEG"),
+        (encoded(Image.new("L", (300, 300)))[:-30], ""),
+        (encoded(Image.new("L", (8001, 8000))), "8001x8000 pixels, more than 64000000"),
+    ],
+)
+def test_a_torn_or_huge_picture_is_named_in_a_line(served: Served, tmp_path: Path, content: bytes, reason: str) -> None:
+    bad = tmp_path / "bad\n.png"
+    bad.write_bytes(content)
+    with pytest.raises(DataError, match=rf"/bad\\n\.png: .*{reason}.*; give a whole PNG or JPEG$"):
+        predict_pictures(served, [bad])

@@ -1,0 +1,1 @@
+"""Deployment: what runs the pipeline, on one machine or many. Nothing imports it."""

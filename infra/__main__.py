@@ -1,0 +1,256 @@
+"""The whole pipeline on one machine, with no container: S3, Prefect with a worker, and a Ray cluster of three nodes.
+
+    python -m infra up | status | down        (make up, make status, make down)
+
+supervisor keeps the parts running: one that dies is started again.
+"""
+
+import logging
+import os
+import socket
+import subprocess
+import sys
+import time
+import xmlrpc.client
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Annotated, Any
+
+import httpx
+import psutil
+import ray
+from cyclopts import App, CycloptsError, Parameter
+from supervisor.xmlrpc import SupervisorTransport
+
+from infra.stack import BIN, BUCKET, MARK, NODES, PARTS, ROOT, Stack, configuration, environment
+from pipeline.errors import ClusterError, ConfigError, PipelineError, StorageError
+from pipeline.storage import open_store
+
+PATIENCE_S = 120.0
+DEFAULT = Stack()
+
+
+def up(stack: Stack) -> None:
+    """Start what is not running, wait until each part answers, and deploy the flows. Again: the same, and no harm."""
+    for part in ("logs", "s3", "prefect"):
+        (stack.folder / part).mkdir(parents=True, exist_ok=True)
+    if _supervisor(stack) is None:
+        _require_free_ports(stack)
+        own = {
+            **environment(stack),
+            MARK: str(stack.folder.absolute()),
+            "S3_BUCKET": BUCKET,
+            "TMPDIR": "/tmp",  # noqa: S108 - where SeaweedFS puts its sockets, whose names have to be short
+            "PREFECT_HOME": str((stack.folder / "prefect").absolute()),
+            "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+            "PREFECT_SERVER_DATABASE_TIMEOUT": "60",  # SQLite has one writer; others wait for it rather than fail
+            "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
+            "PREFECT_LOGGING_EXTRA_LOGGERS": "pipeline,flows",
+            "PYTHONWARNINGS": "ignore",
+        }
+        subprocess.run(
+            [BIN / "supervisord", "--configuration", configuration(stack)], env={**os.environ, **own}, check=True
+        )
+    os.environ.update(environment(stack))
+    for part in PARTS:
+        if part == "prefect-worker":
+            _deploy(stack)
+        _start(stack, part)
+        _wait(stack, part)
+        print(f"{part:>15}  up", flush=True)
+    print(
+        f"\nPrefect   http://127.0.0.1:{stack.prefect_port}\nRay       http://127.0.0.1:{stack.dashboard_port}\n"
+        f"S3        {os.environ['AWS_ENDPOINT_URL']}  {stack.storage}\nlogs      {stack.folder / 'logs'}\n\n"
+        f"next:     . {stack.folder / 'env'}\n"
+        "          .venv/bin/prefect deployment run train-lenet/train-lenet -p epochs=3 --watch"
+    )
+
+
+def status(stack: Stack) -> bool:
+    """Print each part's state; whether all are well."""
+    os.environ.update(environment(stack))
+    every = True
+    for part in PARTS:
+        why = _trouble(stack, part)
+        every = every and why is None
+        print(f"{part:>15}  {'up' if why is None else f'DOWN: {why}'}")
+    return every
+
+
+def down(stack: Stack) -> None:
+    """Stop all parts, the last started first, and whatever they may have left. Data and logs stay."""
+    supervisor = _supervisor(stack)
+    if supervisor is not None:
+        for part in reversed(PARTS):
+            with _ignored():
+                supervisor.supervisor.stopProcess(part)
+        with _ignored():
+            supervisor.supervisor.shutdown()
+    left = _processes(stack)
+    psutil.wait_procs(left, timeout=10)
+    for process in _processes(stack):
+        with _ignored():
+            process.kill()
+    psutil.wait_procs(left, timeout=10)
+    print("down")
+
+
+def _require_free_ports(stack: Stack) -> None:
+    for option, ports in stack.ports.items():
+        for port in ports:
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    rule = f"port {port} is in use by another program"
+                    raise ConfigError(option, ports[0], rule, f"stop that, or choose another with --{option}")
+
+
+def _supervisor(stack: Stack) -> Any:
+    """The running supervisor; None when there is none."""
+    file = stack.folder.absolute() / "supervisor.sock"
+    if not file.exists():
+        return None
+    proxy = xmlrpc.client.ServerProxy("http://127.0.0.1", SupervisorTransport(None, None, f"unix://{file}"))
+    try:
+        proxy.supervisor.getState()
+    except (OSError, xmlrpc.client.Error):
+        return None
+    return proxy
+
+
+def _start(stack: Stack, part: str) -> None:
+    supervisor = _supervisor(stack)
+    if supervisor is None:
+        raise ClusterError(
+            f"supervisor has stopped; see {stack.folder / 'logs' / 'supervisord.log'}, then run up again"
+        )
+    if supervisor.supervisor.getProcessInfo(part)["statename"] not in ("RUNNING", "STARTING", "BACKOFF"):
+        supervisor.supervisor.startProcess(part, False)
+
+
+def _wait(stack: Stack, part: str) -> None:
+    give_up = time.monotonic() + PATIENCE_S
+    while (why := _trouble(stack, part)) is not None:
+        if time.monotonic() > give_up:
+            log = stack.folder / "logs" / f"{part}.log"
+            raise ClusterError(f"{part}: not up after {PATIENCE_S:.0f} s ({why}); see {log}")
+        time.sleep(0.5)
+
+
+def _trouble(stack: Stack, part: str) -> str | None:
+    """What is wrong with a part; None for one that answers."""
+    supervisor = _supervisor(stack)
+    if supervisor is None:
+        return "the stack is not up"
+    state = supervisor.supervisor.getProcessInfo(part)
+    if state["statename"] not in ("RUNNING", "STARTING"):
+        return str(state["statename"]).lower()
+    if part in NODES:
+        return _ask(lambda: _node_trouble(stack, part))
+    return _ask({"s3": _s3_trouble, "prefect-server": _server_trouble, "prefect-worker": _worker_trouble}[part], stack)
+
+
+def _ask(question: Callable[..., str | None], *arguments: Any) -> str | None:
+    try:
+        return question(*arguments)
+    except (httpx.HTTPError, StorageError, OSError, ConnectionError, RuntimeError, ValueError) as error:
+        return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def _s3_trouble(stack: Stack) -> str | None:
+    with socket.create_connection(("127.0.0.1", stack.s3_port), timeout=1):
+        pass
+    open_store(stack.storage).check_writable()
+    return None
+
+
+def _server_trouble(stack: Stack) -> str | None:
+    answer = httpx.get(f"{stack.api}/health", timeout=5)
+    return None if answer.is_success else f"its API answers {answer.status_code}"
+
+
+def _worker_trouble(stack: Stack) -> str | None:
+    workers = httpx.post(f"{stack.api}/work_pools/lenet/workers/filter", json={}, timeout=5).json()
+    return None if any(worker["status"] == "ONLINE" for worker in workers) else "no worker of pool lenet is online"
+
+
+def _node_trouble(stack: Stack, part: str) -> str | None:
+    """Ask the head which nodes are alive; they are told apart by the process that started them."""
+    with socket.create_connection(("127.0.0.1", stack.ray_port), timeout=1):
+        pass
+    wanted = NODES.index(part) + 1
+    ray.init(address=stack.ray_address, log_to_driver=False, logging_level=logging.ERROR, ignore_reinit_error=True)
+    alive = sum(node["Alive"] for node in ray.nodes())  # type: ignore[no-untyped-call]
+    ray.shutdown()
+    return None if alive >= wanted else f"{alive} of {wanted} Ray nodes are alive"
+
+
+def _deploy(stack: Stack) -> None:
+    """Work pool, deployments with this stack's storage and cluster, and the automation; none of them twice."""
+    _prefect("work-pool", "create", "lenet", "--type", "process", "--overwrite")
+    cluster = ["--param", f"ray_address={stack.ray_address}"]
+    _prefect("deploy", "--name", "train-lenet/train-lenet", "--param", f"storage={stack.storage}", *cluster)
+    _prefect("deploy", "--name", "predict-lenet/predict-lenet", "--param", f"model={stack.storage}", *cluster)
+    there = httpx.post(f"{stack.api}/automations/filter", json={}, timeout=30).json()
+    if not any(automation["name"] == "crash-zombie-flow-runs" for automation in there):
+        _prefect("automation", "create", "--from-file", str(ROOT / "infra" / "automations.yaml"))
+
+
+def _prefect(*arguments: str) -> None:
+    done = subprocess.run(
+        [BIN / "prefect", "--no-prompt", *arguments], cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL
+    )
+    if done.returncode:
+        said = (done.stderr or done.stdout).strip().splitlines()
+        raise ClusterError(f"prefect {' '.join(arguments[:3])}: {said[-1] if said else done.returncode}; see its log")
+
+
+def _processes(stack: Stack) -> list[psutil.Process]:
+    """Every process of the stack, by the mark in its environment."""
+    found = []
+    for process in psutil.process_iter():
+        with _ignored():
+            if process.environ().get(MARK) == str(stack.folder.absolute()) and process.status() != "zombie":
+                found.append(process)
+    return found
+
+
+@contextmanager
+def _ignored() -> Iterator[None]:
+    """What is gone already needs no stopping."""
+    with suppress(psutil.Error, OSError, xmlrpc.client.Error):
+        yield
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point: one line on stderr and an exit code for what the user can mend."""
+    app = App(name="infra", help=__doc__, print_error=False, exit_on_error=False)
+    options = Annotated[Stack, Parameter(name="*", env_var=None)]
+
+    @app.command(name="up")
+    def start(*, stack: options = DEFAULT) -> None:
+        """Start the stack."""
+        up(stack)
+
+    @app.command(name="status")
+    def show(*, stack: options = DEFAULT) -> None:
+        """Say how each part is; exit code 1 unless all are up."""
+        if not status(stack):
+            sys.exit(1)
+
+    @app.command(name="down")
+    def stop(*, stack: options = DEFAULT) -> None:
+        """Stop the stack; data and logs stay."""
+        down(stack)
+
+    try:
+        app(arguments)
+    except CycloptsError as error:
+        print(f"stack: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except PipelineError as error:
+        print(f"stack: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

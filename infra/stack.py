@@ -1,0 +1,164 @@
+"""What the local stack consists of: its parts with their commands, ports, environment and credentials.
+
+Everything is kept in one folder: logs, data, credentials, and `env`, which a shell reads to use the stack.
+"""
+
+import secrets
+import shlex
+import sys
+from configparser import RawConfigParser
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+BIN = Path(sys.executable).parent
+BUCKET = "lenet"
+MARK = "LENET_STACK"  # in the environment of every process of the stack
+NODES = ("ray-head", "ray-node-1", "ray-node-2")
+PARTS = ("s3", "prefect-server", "prefect-worker", *NODES)
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Where it is kept, and the ports that people use. Each is an option, and a variable LENET_STACK_….
+
+    Parameters
+    ----------
+    folder: Where everything is kept.
+    prefect_port: Prefect's server and its UI.
+    s3_port: SeaweedFS's S3; nine ports after it are taken too.
+    ray_port: Ray's head; five ports after it are taken too.
+    dashboard_port: Ray's dashboard.
+    cpus: CPU cores that each of the three Ray nodes offers.
+    """
+
+    folder: Path = Path(".stack")
+    prefect_port: int = 4200
+    s3_port: int = 8333
+    ray_port: int = 6379
+    dashboard_port: int = 8265
+    cpus: int = 1
+
+    @property
+    def storage(self) -> str:
+        """URL of the store that flow runs use."""
+        return f"s3://{BUCKET}/store"
+
+    @property
+    def api(self) -> str:
+        """URL of Prefect's API."""
+        return f"http://127.0.0.1:{self.prefect_port}/api"
+
+    @property
+    def ray_address(self) -> str:
+        """Where Ray's head listens."""
+        return f"127.0.0.1:{self.ray_port}"
+
+    @property
+    def ports(self) -> dict[str, list[int]]:
+        """All that have to be free, by option."""
+        return {
+            "prefect-port": [self.prefect_port],
+            "s3-port": list(range(self.s3_port, self.s3_port + 10)),
+            "ray-port": list(range(self.ray_port, self.ray_port + 6)),
+            "dashboard-port": [self.dashboard_port],
+        }
+
+
+def environment(stack: Stack) -> dict[str, str]:
+    """What a client of the stack needs in its environment; secrets are made once and kept, for this user alone."""
+    file = stack.folder / "env"
+    kept = (
+        dict(line.removeprefix("export ").split("=", 1) for line in file.read_text().splitlines())
+        if file.exists()
+        else {}
+    )
+    token = stack.folder / "ray-token"
+    found = {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{stack.s3_port}",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_ACCESS_KEY_ID": kept.get("AWS_ACCESS_KEY_ID") or secrets.token_hex(10),
+        "AWS_SECRET_ACCESS_KEY": kept.get("AWS_SECRET_ACCESS_KEY") or secrets.token_hex(20),
+        "PREFECT_API_URL": stack.api,
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token.absolute()),
+        "LENET_STORAGE": stack.storage,
+        "LENET_RAY_ADDRESS": stack.ray_address,
+    }
+    _write_private(file, "".join(f"export {name}={shlex.quote(value)}\n" for name, value in found.items()))
+    if not token.exists():
+        _write_private(token, secrets.token_hex(32))
+    return found
+
+
+def programs(stack: Stack) -> dict[str, list[str]]:
+    """The command of each part."""
+    weed = {name: stack.s3_port + place for place, name in enumerate(
+        ("s3.port", "s3.port.grpc", "master.port", "master.port.grpc", "filer.port", "filer.port.grpc", "volume.port",
+         "volume.port.grpc", "admin.port", "admin.port.grpc"))}  # fmt: skip
+    node = ["--block", "--node-ip-address", "127.0.0.1", "--num-cpus", str(stack.cpus), "--disable-usage-stats"]
+    agents = [["--dashboard-agent-listen-port", str(stack.ray_port + 1 + place)] for place in range(len(NODES))]
+    head = ["--head", "--port", str(stack.ray_port), "--dashboard-port", str(stack.dashboard_port)]
+    head += ["--include-dashboard", "true", "--dashboard-host", "127.0.0.1"]
+    ray_start = [str(BIN / "ray"), "start", *node]
+    return {
+        "s3": [
+            str(BIN / "weed"), "mini", f"-dir={(stack.folder / 's3').absolute()}", "-ip=127.0.0.1",
+            "-ip.bind=127.0.0.1", "-master.telemetry=false", "-admin.ui=false", "-webdav=false", "-s3.port.iceberg=0",
+            "-s3.port.lance=0", "-s3.autoCreateBucket=false", *(f"-{name}={port}" for name, port in weed.items()),
+        ],
+        "prefect-server": [
+            str(BIN / "prefect"), "server", "start", "--host", "127.0.0.1", "--port", str(stack.prefect_port),
+        ],
+        "prefect-worker": [str(BIN / "prefect"), "worker", "start", "--pool", "lenet", "--name", "stack"],
+        "ray-head": [*ray_start, *head, *agents[0]],
+        **{
+            name: [*ray_start, "--address", stack.ray_address, *agents[place]]
+            for place, name in enumerate(NODES) if place
+        },
+    }  # fmt: skip
+
+
+def configuration(stack: Stack) -> str:
+    """supervisord's configuration: every part a program that is started when asked, and again when it dies."""
+    folder = stack.folder.absolute()
+    config = RawConfigParser()
+    sections: dict[str, dict[str, str]] = {
+        "supervisord": {
+            "logfile": f"{folder}/logs/supervisord.log",
+            "pidfile": f"{folder}/supervisord.pid",
+            "directory": str(ROOT),
+            "silent": "true",
+        },
+        "unix_http_server": {"file": f"{folder}/supervisor.sock", "chmod": "0600"},
+        "rpcinterface:supervisor": {
+            "supervisor.rpcinterface_factory": "supervisor.rpcinterface:make_main_rpcinterface"
+        },
+    }
+    for name, command in programs(stack).items():
+        sections[f"program:{name}"] = {
+            "command": shlex.join(command).replace("%", "%%"),
+            "autostart": "false",
+            "autorestart": "true",
+            "startretries": "10",
+            "stopasgroup": "true",
+            "killasgroup": "true",
+            "stopwaitsecs": "20",
+            "redirect_stderr": "true",
+            "stdout_logfile": f"{folder}/logs/{name}.log",
+        }
+    for section, values in sections.items():
+        config.add_section(section)
+        for key, value in values.items():
+            config.set(section, key, value)
+    path = folder / "supervisord.conf"
+    with path.open("w") as file:
+        config.write(file)
+    return str(path)
+
+
+def _write_private(file: Path, text: str) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.touch(mode=0o600)
+    file.chmod(0o600)
+    file.write_text(text)
