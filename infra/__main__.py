@@ -5,7 +5,6 @@
 supervisor keeps the parts running: one that dies is started again.
 """
 
-import logging
 import os
 import socket
 import subprocess
@@ -14,11 +13,11 @@ import time
 import xmlrpc.client
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Annotated, Any
 
 import httpx
 import psutil
-import ray
 from cyclopts import App, CycloptsError, Parameter
 from supervisor.xmlrpc import SupervisorTransport
 
@@ -27,15 +26,22 @@ from pipeline.errors import ClusterError, ConfigError, PipelineError, StorageErr
 from pipeline.storage import open_store
 
 PATIENCE_S = 120.0
-DEFAULT = Stack()
+DEFAULT = Stack.model_validate({})
+SETTINGS = "stack.json"
 
 
 def up(stack: Stack) -> None:
-    """Start what is not running, wait until each part answers, and deploy the flows. Again: the same, and no harm."""
+    """Start what is not running, wait until each part answers, and deploy the flows. Again: the same, and no harm.
+
+    Raises ConfigError for a port in use, ClusterError for a part that does not come up.
+    """
+    if _supervisor(stack) is not None and (running := _found(stack.folder)) != stack:
+        stack = running  # a second call need not repeat the options of the first
     for part in ("logs", "s3", "prefect"):
         (stack.folder / part).mkdir(parents=True, exist_ok=True)
     if _supervisor(stack) is None:
         _require_free_ports(stack)
+        (stack.folder / SETTINGS).write_text(stack.model_dump_json(indent=2))
         own = {
             **environment(stack),
             MARK: str(stack.folder.absolute()),
@@ -93,6 +99,14 @@ def down(stack: Stack) -> None:
             process.kill()
     psutil.wait_procs(left, timeout=10)
     print("down")
+
+
+def _found(folder: Path) -> Stack:
+    """The stack that was started in a folder. ConfigError when there is none."""
+    file = folder / SETTINGS
+    if not file.exists():
+        raise ConfigError("folder", str(folder), "no stack was started here", "start one with: make up")
+    return Stack.model_validate_json(file.read_bytes())
 
 
 def _require_free_ports(stack: Stack) -> None:
@@ -174,13 +188,12 @@ def _worker_trouble(stack: Stack) -> str | None:
 
 
 def _node_trouble(stack: Stack, part: str) -> str | None:
-    """Ask the head which nodes are alive; they are told apart by the process that started them."""
-    with socket.create_connection(("127.0.0.1", stack.ray_port), timeout=1):
-        pass
+    """Ask Ray's dashboard how many nodes are alive; a node is well if as many are as were started up to it."""
+    token = {"Authorization": f"Bearer {Path(os.environ['RAY_AUTH_TOKEN_PATH']).read_text()}"}
+    answer = httpx.get(f"http://127.0.0.1:{stack.dashboard_port}/api/v0/nodes", headers=token, timeout=10)
+    nodes = answer.raise_for_status().json()["data"]["result"]["result"]
+    alive = sum(node["state"] == "ALIVE" for node in nodes)
     wanted = NODES.index(part) + 1
-    ray.init(address=stack.ray_address, log_to_driver=False, logging_level=logging.ERROR, ignore_reinit_error=True)
-    alive = sum(node["Alive"] for node in ray.nodes())  # type: ignore[no-untyped-call]
-    ray.shutdown()
     return None if alive >= wanted else f"{alive} of {wanted} Ray nodes are alive"
 
 
@@ -224,26 +237,25 @@ def _ignored() -> Iterator[None]:
 def main(arguments: list[str] | None = None) -> None:
     """Entry point: one line on stderr and an exit code for what the user can mend."""
     app = App(name="infra", help=__doc__, print_error=False, exit_on_error=False)
-    options = Annotated[Stack, Parameter(name="*", env_var=None)]
 
     @app.command(name="up")
-    def start(*, stack: options = DEFAULT) -> None:
-        """Start the stack."""
+    def start(*, stack: Annotated[Stack, Parameter(name="*")] = DEFAULT) -> None:
+        """Start the stack, or what of it is not running."""
         up(stack)
 
     @app.command(name="status")
-    def show(*, stack: options = DEFAULT) -> None:
+    def show(*, folder: Path = DEFAULT.folder) -> None:
         """Say how each part is; exit code 1 unless all are up."""
-        if not status(stack):
+        if not status(_found(folder)):
             sys.exit(1)
 
     @app.command(name="down")
-    def stop(*, stack: options = DEFAULT) -> None:
+    def stop(*, folder: Path = DEFAULT.folder) -> None:
         """Stop the stack; data and logs stay."""
-        down(stack)
+        down(_found(folder))
 
     try:
-        app(arguments)
+        app(sys.argv[1:] if arguments is None else arguments)
     except CycloptsError as error:
         print(f"stack: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

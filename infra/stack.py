@@ -7,8 +7,9 @@ import secrets
 import shlex
 import sys
 from configparser import RawConfigParser
-from dataclasses import dataclass
 from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
@@ -18,26 +19,17 @@ NODES = ("ray-head", "ray-node-1", "ray-node-2")
 PARTS = ("s3", "prefect-server", "prefect-worker", *NODES)
 
 
-@dataclass(frozen=True)
-class Stack:
-    """Where it is kept, and the ports that people use. Each is an option, and a variable LENET_STACK_….
+class Stack(BaseModel):
+    """Where it is kept, and the ports that people use."""
 
-    Parameters
-    ----------
-    folder: Where everything is kept.
-    prefect_port: Prefect's server and its UI.
-    s3_port: SeaweedFS's S3; nine ports after it are taken too.
-    ray_port: Ray's head; five ports after it are taken too.
-    dashboard_port: Ray's dashboard.
-    cpus: CPU cores that each of the three Ray nodes offers.
-    """
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
-    folder: Path = Path(".stack")
-    prefect_port: int = 4200
-    s3_port: int = 8333
-    ray_port: int = 6379
-    dashboard_port: int = 8265
-    cpus: int = 1
+    folder: Path = Field(Path(".stack"), description="Where everything is kept.")
+    prefect_port: int = Field(4200, ge=1024, le=65_000, description="Prefect's server and its UI.")
+    s3_port: int = Field(8333, ge=1024, le=65_000, description="SeaweedFS's S3; nine ports after it are taken too.")
+    ray_port: int = Field(6379, ge=1024, le=65_000, description="Ray's head; five ports after it are taken too.")
+    dashboard_port: int = Field(8265, ge=1024, le=65_000, description="Ray's dashboard.")
+    cpus: int = Field(1, ge=1, le=1024, description="CPU cores that each of the three Ray nodes offers.")
 
     @property
     def storage(self) -> str:
