@@ -14,19 +14,22 @@ import xmlrpc.client
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import httpx
 import psutil
-from cyclopts import App, CycloptsError, Parameter
+from cyclopts import App, CycloptsError
 from supervisor.xmlrpc import SupervisorTransport
 
+from flows.options import option
+from flows.parameters import with_parameters
 from infra.stack import BIN, BUCKET, MARK, NODES, PARTS, ROOT, Stack, configuration, environment
 from pipeline.errors import ClusterError, ConfigError, PipelineError, StorageError
+from pipeline.run import config_of
 from pipeline.storage import open_store
 
 PATIENCE_S = 120.0
-DEFAULT = Stack.model_validate({})
+FOLDER: Path = Stack.model_fields["folder"].default
 SETTINGS = "stack.json"
 
 
@@ -239,18 +242,19 @@ def main(arguments: list[str] | None = None) -> None:
     app = App(name="infra", help=__doc__, print_error=False, exit_on_error=False)
 
     @app.command(name="up")
-    def start(*, stack: Annotated[Stack, Parameter(name="*")] = DEFAULT) -> None:
+    @with_parameters(Stack, option)
+    def start(**parameters: Any) -> None:
         """Start the stack, or what of it is not running."""
-        up(stack)
+        up(config_of(parameters, Stack))
 
     @app.command(name="status")
-    def show(*, folder: Path = DEFAULT.folder) -> None:
+    def show(*, folder: Path = FOLDER) -> None:
         """Say how each part is; exit code 1 unless all are up."""
         if not status(_found(folder)):
             sys.exit(1)
 
     @app.command(name="down")
-    def stop(*, folder: Path = DEFAULT.folder) -> None:
+    def stop(*, folder: Path = FOLDER) -> None:
         """Stop the stack; data and logs stay."""
         down(_found(folder))
 

@@ -122,7 +122,7 @@ def test_a_port_in_use_is_one_line_and_starts_nothing(tmp_path: Path) -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
-        done = running.command("up", *running.options, "--prefect-port", port)
+        done = running.command("up", *running.options[2:], "--prefect-port", port)
     assert done.returncode == 2
     assert done.stderr == (
         f"stack: prefect-port={port}: port {port} is in use by another program; stop that, or choose another with "
