@@ -113,12 +113,12 @@ def _found(folder: Path) -> Stack:
 
 
 def _require_free_ports(stack: Stack) -> None:
-    for option, ports in stack.ports.items():
+    for name, ports in stack.ports.items():
         for port in ports:
             with socket.socket() as probe:
                 if probe.connect_ex(("127.0.0.1", port)) == 0:
                     rule = f"port {port} is in use by another program"
-                    raise ConfigError(option, ports[0], rule, f"stop that, or choose another with --{option}")
+                    raise ConfigError(name, ports[0], rule, f"stop that, or choose another with --{name}")
 
 
 def _supervisor(stack: Stack) -> Any:
