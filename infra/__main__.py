@@ -48,6 +48,7 @@ def up(stack: Stack) -> None:
         own = {
             **environment(stack),
             MARK: str(stack.folder.absolute()),
+            "PATH": f"{BIN}:{os.environ['PATH']}",  # where Ray's jobs find their python
             "S3_BUCKET": BUCKET,
             "TMPDIR": "/tmp",  # noqa: S108 - where SeaweedFS puts its sockets, whose names have to be short
             "PREFECT_HOME": str((stack.folder / "prefect").absolute()),
@@ -69,7 +70,8 @@ def up(stack: Stack) -> None:
         print(f"{part:>15}  up", flush=True)
     print(
         f"\nPrefect   http://127.0.0.1:{stack.prefect_port}\nRay       http://127.0.0.1:{stack.dashboard_port}\n"
-        f"S3        {os.environ['AWS_ENDPOINT_URL']}  {stack.storage}\nlogs      {stack.folder / 'logs'}\n\n"
+        f"runs      {stack.index}\nS3        {os.environ['AWS_ENDPOINT_URL']}  {stack.storage}\n"
+        f"logs      {stack.folder / 'logs'}\n\n"
         f"next:     . {stack.folder / 'env'}\n"
         "          .venv/bin/prefect deployment run train-lenet/train-lenet -p epochs=3 --watch"
     )
@@ -203,9 +205,12 @@ def _node_trouble(stack: Stack, part: str) -> str | None:
 def _deploy(stack: Stack) -> None:
     """Work pool, deployments with this stack's storage and cluster, and the automation; none of them twice."""
     _prefect("work-pool", "create", "lenet", "--type", "process", "--overwrite")
-    cluster = ["--param", f"ray_address={stack.ray_address}"]
-    _prefect("deploy", "--name", "train-lenet/train-lenet", "--param", f"storage={stack.storage}", *cluster)
-    _prefect("deploy", "--name", "predict-lenet/predict-lenet", "--param", f"model={stack.storage}", *cluster)
+    for name, parameters in {
+        "train-lenet": {"storage": stack.storage, "ray_address": stack.ray_jobs},
+        "predict-lenet": {"model": stack.storage, "ray_address": stack.ray_address},
+    }.items():
+        given = [word for key, value in parameters.items() for word in ("--param", f"{key}={value}")]
+        _prefect("deploy", "--name", f"{name}/{name}", *given)
     there = httpx.post(f"{stack.api}/automations/filter", json={}, timeout=30).json()
     if not any(automation["name"] == "crash-zombie-flow-runs" for automation in there):
         _prefect("automation", "create", "--from-file", str(ROOT / "infra" / "automations.yaml"))

@@ -47,11 +47,28 @@ class Stack(BaseModel):
         return f"127.0.0.1:{self.ray_port}"
 
     @property
+    def ray_jobs(self) -> str:
+        """Where Ray's dashboard listens, and takes jobs."""
+        return f"http://127.0.0.1:{self.dashboard_port}"
+
+    @property
+    def index(self) -> str:
+        """URL of the page of all runs, for a browser: SeaweedFS's filer shows what the bucket holds."""
+        return f"http://127.0.0.1:{self.s3_ports['filer.port']}/buckets/{BUCKET}/store/index.html"
+
+    @property
+    def s3_ports(self) -> dict[str, int]:
+        """SeaweedFS's, by the option that sets each."""
+        names = ("s3.port", "s3.port.grpc", "master.port", "master.port.grpc", "filer.port", "filer.port.grpc",
+                 "volume.port", "volume.port.grpc", "admin.port", "admin.port.grpc")  # fmt: skip
+        return {name: self.s3_port + place for place, name in enumerate(names)}
+
+    @property
     def ports(self) -> dict[str, list[int]]:
         """All that have to be free, by option."""
         return {
             "prefect-port": [self.prefect_port],
-            "s3-port": list(range(self.s3_port, self.s3_port + 10)),
+            "s3-port": list(self.s3_ports.values()),
             "ray-port": list(range(self.ray_port, self.ray_port + 6)),
             "dashboard-port": [self.dashboard_port],
         }
@@ -85,19 +102,17 @@ def environment(stack: Stack) -> dict[str, str]:
 
 def programs(stack: Stack) -> dict[str, list[str]]:
     """The command of each part."""
-    weed = {name: stack.s3_port + place for place, name in enumerate(
-        ("s3.port", "s3.port.grpc", "master.port", "master.port.grpc", "filer.port", "filer.port.grpc", "volume.port",
-         "volume.port.grpc", "admin.port", "admin.port.grpc"))}  # fmt: skip
     node = ["--block", "--node-ip-address", "127.0.0.1", "--num-cpus", str(stack.cpus), "--disable-usage-stats"]
     agents = [["--dashboard-agent-listen-port", str(stack.ray_port + 1 + place)] for place in range(len(NODES))]
     head = ["--head", "--port", str(stack.ray_port), "--dashboard-port", str(stack.dashboard_port)]
     head += ["--include-dashboard", "true", "--dashboard-host", "127.0.0.1"]
+    ports = [f"-{name}={port}" for name, port in stack.s3_ports.items()]
     ray_start = [str(BIN / "ray"), "start", *node]
     return {
         "s3": [
             str(BIN / "weed"), "mini", f"-dir={(stack.folder / 's3').absolute()}", "-ip=127.0.0.1",
             "-ip.bind=127.0.0.1", "-master.telemetry=false", "-admin.ui=false", "-webdav=false", "-s3.port.iceberg=0",
-            "-s3.port.lance=0", "-s3.autoCreateBucket=false", *(f"-{name}={port}" for name, port in weed.items()),
+            "-s3.port.lance=0", "-s3.autoCreateBucket=false", *ports,
         ],
         "prefect-server": [
             str(BIN / "prefect"), "server", "start", "--host", "127.0.0.1", "--port", str(stack.prefect_port),

@@ -59,7 +59,9 @@ class ClusterConfig(BaseModel):
         "auto", description="Give each worker a GPU: yes, no, or auto (yes if the cluster has one for every worker)."
     )
     ray_address: str | None = Field(
-        None, description="Ray cluster to train on: auto or host:port. A local Ray is started if not given."
+        None,
+        description="Ray cluster to train on: auto or host:port connects to it, http://host:8265 of its dashboard "
+        "submits the training as a Ray job, which outlives this process. A local Ray is started if not given.",
     )
 
     @property
@@ -69,6 +71,16 @@ class ClusterConfig(BaseModel):
             return self.workers
         least, _, most = self.workers.partition("-")
         return int(least), int(most)
+
+    @property
+    def by_job(self) -> bool:
+        """Whether the training is submitted to the cluster, rather than this process connected to it."""
+        return self.ray_address is not None and self.ray_address.startswith(("http://", "https://"))
+
+    @property
+    def connectable(self) -> str | None:
+        """The cluster as `ray_session` takes it; None, for a local Ray, if it takes jobs only."""
+        return None if self.by_job else self.ray_address
 
     @property
     def least_workers(self) -> int:
@@ -120,6 +132,10 @@ def check_cluster(config: ClusterConfig) -> None:
     """Before any work: ConfigError when a local Ray could not hold the workers, ClusterError for a dead address."""
     if config.ray_address is None:
         decide_gpu(config, [local_resources()])
+    elif config.by_job:
+        raise ConfigError(
+            "ray_address", config.ray_address, "jobs are for training; this connects to Ray", "give auto or host:port"
+        )
     elif config.ray_address != "auto":
         host, _, port = config.ray_address.rpartition(":")
         try:
@@ -216,6 +232,10 @@ def _connect(config: ClusterConfig) -> None:
     try:
         ray.init(address=config.ray_address, **quiet)
     except (ConnectionError, RuntimeError, ValueError) as error:
+        if "Version mismatch" in str(error):
+            raise ClusterError(
+                f"ray_address={config.ray_address!r}: {' '.join(str(error).split())}; install the same versions on both"
+            ) from None
         raise _no_cluster(config, error) from None
 
 

@@ -2,6 +2,7 @@
 
 <folder>/progress/<epoch>.json    the metrics of each epoch, by Ray Train's controller
 <folder>/now.json                 how far the epoch is, by rank 0, every two seconds
+<folder>/log/<when>-<rank>.json   what the workers log
 <folder>/ended.json               why training ended before its last epoch
 """
 
@@ -25,8 +26,10 @@ from pipeline.errors import StorageError
 from pipeline.storage import Store
 
 log = logging.getLogger(__name__)
+workers_log = logging.getLogger("pipeline.worker")
 
 PROGRESS = "progress"
+LOG = "log"
 NOW = "now.json"
 ENDED = "ended.json"
 POLL_S = 0.5
@@ -41,6 +44,9 @@ GAUGES = (
     "images_per_second",
     "world_size",
 )
+
+
+OnEpoch = Callable[[EpochMetrics], None]
 
 
 class Now(BaseModel):
@@ -59,6 +65,9 @@ class Now(BaseModel):
     def seconds_left(self, epochs: int, images: float) -> float:
         """Until the last of so many epochs, of so many images each, is over at this pace."""
         return ((epochs - self.epoch) + 1 - self.step / self.steps) * images / self.images_per_second
+
+
+OnNow = Callable[[Now], None]
 
 
 class Teller:
@@ -87,6 +96,39 @@ class Teller:
         self.telling = self.pool.submit(self.store.put, self.key, now.model_dump_json().encode())
 
 
+class _LogTeller(logging.Handler):
+    """Leaves a rank's log records in the store, some at a time: a chunk is written once, so readers read it once."""
+
+    def __init__(self, store: Store, folder: str, rank: int) -> None:
+        super().__init__(logging.INFO)
+        self.store, self.folder, self.rank = store, folder, rank
+        self.waiting: list[tuple[int, str]] = []
+        self.telling: threading.Timer | None = None
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.waiting.append((record.levelno, record.getMessage()))
+        if record.levelno >= logging.WARNING:  # the process may be about to end
+            self.tell()
+        elif self.telling is None:
+            self.telling = threading.Timer(TELL_S / 2, self.tell)
+            self.telling.daemon = True
+            self.telling.start()
+
+    def tell(self) -> None:
+        self.telling = None
+        chunk, self.waiting = self.waiting, []
+        if chunk:
+            with contextlib.suppress(StorageError):  # training says so itself
+                key = f"{self.folder}/{LOG}/{time.time_ns()}-{self.rank:05d}.json"
+                self.store.put(key, json.dumps({"rank": self.rank, "lines": chunk}).encode())
+
+
+def tell_log(logger: logging.Logger, store: Store, folder: str, rank: int) -> None:
+    """From now on, leave what this rank says through `logger` in the run's folder."""
+    logger.setLevel(logging.INFO)
+    logger.addHandler(_LogTeller(store, folder, rank))
+
+
 class WriteProgress(ray.train.UserCallback):
     """Runs in Ray Train's controller: leaves each epoch's metrics in the store, where any process can follow them, and
     among Ray's own, for its dashboard and Prometheus."""
@@ -99,22 +141,25 @@ class WriteProgress(ray.train.UserCallback):
         if checkpoint is None:
             self.store.put(f"{self.folder}/{ENDED}", json.dumps(metrics[0]).encode())
             return
+        self._set("checkpoint_timestamp_seconds", time.time())  # its age is what Prometheus makes of it
         if "step" in metrics[0]:
             return  # the epoch is not over
         epoch = EpochMetrics.model_validate(metrics[0])
         self.store.put(f"{self.folder}/{PROGRESS}/{epoch.epoch:05d}.json", epoch.model_dump_json().encode())
         for name in GAUGES:
-            gauge = self.gauges.setdefault(name, Gauge(f"lenet_{name}", tag_keys=("run",)))
-            gauge.set(getattr(epoch, name), tags={"run": self.folder.rpartition("/")[2]})
+            self._set(name, getattr(epoch, name))
+
+    def _set(self, name: str, value: float) -> None:
+        gauge = self.gauges.setdefault(name, Gauge(f"lenet_{name}", tag_keys=("run",)))
+        gauge.set(value, tags={"run": self.folder.rpartition("/")[2]})
 
 
 @contextlib.contextmanager
-def followed(
-    store: Store, folder: str, on_epoch: Callable[[EpochMetrics], None], on_now: Callable[[Now], None]
-) -> Iterator[None]:
+def followed(store: Store, folder: str, on_epoch: OnEpoch, on_now: OnNow) -> Iterator[None]:
     """Call `on_epoch` for every epoch, those that come while the block runs included, and `on_now` meanwhile."""
     ended = threading.Event()
     seen: set[str] = set()
+    told = set(store.keys(f"{folder}/{LOG}"))  # by processes of before
     last = b""
 
     def catch_up() -> None:
@@ -129,10 +174,19 @@ def followed(
             last = now
             _show(on_now, Now.model_validate_json(now))
 
+    def listen() -> None:
+        for key in store.keys(f"{folder}/{LOG}"):
+            if key not in told:
+                told.add(key)
+                chunk = json.loads(store.read(key))
+                for level, line in chunk["lines"]:
+                    workers_log.log(level, "rank %d: %s", chunk["rank"], line)
+
     def follow() -> None:
         while not ended.wait(POLL_S):
             with contextlib.suppress(StorageError):  # the next look may succeed, and training reports its own
                 catch_up()
+                listen()
                 look()
 
     # Both are called in the caller's context, where Prefect keeps the current task.
@@ -144,6 +198,8 @@ def followed(
     finally:
         ended.set()
         thread.join()
+        with contextlib.suppress(StorageError):
+            listen()
     catch_up()
 
 

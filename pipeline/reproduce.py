@@ -7,8 +7,9 @@ from pydantic import BaseModel, ConfigDict
 from pipeline import run
 from pipeline.errors import DataError
 from pipeline.evaluate import load_model
+from pipeline.progress import OnEpoch, OnNow
 from pipeline.storage import Store
-from pipeline.train import OnEpoch, OnNow, find_training, staging
+from pipeline.train import find_training, staging
 
 # What follows the name of the run that is done again, within the length that a name may have.
 NAME_LENGTH = 128

@@ -20,6 +20,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 import pipeline.cluster
 import pipeline.download
 import pipeline.evaluate
+import pipeline.index
+import pipeline.jobs
 import pipeline.publish
 import pipeline.registry
 import pipeline.train
@@ -30,6 +32,7 @@ from pipeline.errors import ConfigError
 from pipeline.evaluate import Evaluation, Exported
 from pipeline.loader import LoadConfig
 from pipeline.predictions import read_predictions
+from pipeline.progress import OnEpoch, OnNow
 from pipeline.promotion import Comparison, PromoteConfig
 from pipeline.publish import Published
 from pipeline.recipe import TrainConfig, TuneConfig, encode_recipe
@@ -37,7 +40,7 @@ from pipeline.sharding import ShardConfig, dataset_folder, run_in_threads, write
 from pipeline.shards import Manifest, find_manifest, require_manifest, verify_shards
 from pipeline.source import open_source
 from pipeline.storage import StorageConfig, Store, open_store, sha256
-from pipeline.train import OnEpoch, OnNow, Training, staging
+from pipeline.train import Training, staging
 
 if TYPE_CHECKING:
     from pipeline.tune import Tuned
@@ -133,7 +136,10 @@ def check(config: RunConfig) -> Store:
     Raises ConfigError for parameters that cannot work on this machine, StorageError for a store out of reach.
     """
     check_source(config)
-    check_cluster(config)
+    if config.by_job:
+        pipeline.jobs.connect(str(config.ray_address))
+    else:
+        check_cluster(config)
     store = open_store(config.storage)
     store.check_writable()
     return store
@@ -172,7 +178,7 @@ def download(config: DataConfig) -> Path | None:
 
 def shard(config: RunConfig, folder: Path | None) -> Manifest:
     """The dataset's manifest, its shards written if need be and every byte of them verified."""
-    return _shard(config, folder, config.ray_address)
+    return _shard(config, folder, config.connectable)
 
 
 def prepare(config: DataConfig) -> Manifest:
@@ -206,9 +212,17 @@ def ray_ahead(config: RunConfig) -> contextlib.AbstractContextManager[None]:
     return pipeline.cluster.ray_ahead(config)
 
 
-def train(config: RunConfig, manifest: Manifest, on_epoch: OnEpoch, on_now: OnNow) -> Training:
+def train(
+    config: RunConfig,
+    manifest: Manifest,
+    on_epoch: OnEpoch = lambda epoch: None,
+    on_now: OnNow = lambda now: None,
+) -> Training:
     """Train the candidate; `on_epoch` hears of every epoch, `on_now` of how far one is."""
     store, run_id = open_store(config.storage), _run_id(config)
+    if config.by_job:
+        asked = pipeline.jobs.request(config.model_dump(mode="json"), manifest.folder)
+        return pipeline.jobs.train_by_job(store, run_id, str(config.ray_address), asked, on_epoch, on_now)
     return pipeline.train.fit(store, run_id, manifest, config, config, config, on_epoch, on_now)
 
 
@@ -219,7 +233,7 @@ def export(config: RunConfig, manifest: Manifest, training: Training) -> Exporte
 
 def evaluate(config: RunConfig, manifest: Manifest, exported: Exported) -> Evaluation:
     """Judge the candidate, in all its forms, as it lies in the store."""
-    cluster = ClusterConfig(workers=1, cpus_per_worker=1, gpu="no", ray_address=config.ray_address)
+    cluster = ClusterConfig(workers=1, cpus_per_worker=1, gpu="no", ray_address=config.connectable)
     on_ray = partial(run_on_ray, cluster)
     return pipeline.evaluate.evaluate(open_store(config.storage), _run_id(config), manifest, exported, on_ray)
 
@@ -242,10 +256,13 @@ def publish(config: RunConfig, manifest: Manifest, training: Training, evaluatio
 
 
 def promote(config: RunConfig) -> Comparison:
-    """Register the published run as a version of its model, and let it be the champion if it is better."""
+    """Register the published run as a version of its model, and let it be the champion if it is better. Either way
+    the index shows it."""
     store = open_store(config.storage)
     version = pipeline.registry.register(store, config.model, _run_id(config))
-    return pipeline.registry.promote(store, config, version)
+    comparison = pipeline.registry.promote(store, config, version)
+    pipeline.index.refresh_index(store)
+    return comparison
 
 
 def tune(config: TuneRunConfig) -> "Tuned":

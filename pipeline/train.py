@@ -4,10 +4,9 @@ import contextlib
 import json
 import logging
 import signal
-import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -21,16 +20,17 @@ from ray.train.v2._internal.callbacks.placement_group_callback import PlacementG
 from torch import Tensor
 
 from lenet.model import LeNet, fold_standardise
-from pipeline.checkpoint import EpochMetrics, History, Position, encode_model, read_state
+from pipeline.checkpoint import History, Position, encode_model, read_state
 from pipeline.cluster import ClusterConfig, ray_session
 from pipeline.collective import PATIENCE_S
 from pipeline.errors import Terminated, TrainingError
+from pipeline.lease import Hold, held
 from pipeline.loader import LoadConfig, choose_loading
-from pipeline.progress import ENDED, Now, WriteProgress, followed
+from pipeline.progress import ENDED, OnEpoch, OnNow, WriteProgress, followed
 from pipeline.recipe import TrainConfig
 from pipeline.shards import Manifest
 from pipeline.storage import Store, sha256
-from pipeline.worker import RAY_FOLDER, Job, train_worker
+from pipeline.worker import RAY_FOLDER, Job, lease_key, train_worker
 
 log = logging.getLogger(__name__)
 
@@ -39,9 +39,6 @@ MAX_FAILURES = 3
 CHECKPOINTS_KEPT = 2
 RESIZE_S = 10  # how often to look whether the cluster has room for more workers, if more are wanted
 MIB = 2**20
-
-OnEpoch = Callable[[EpochMetrics], None]
-OnNow = Callable[[Now], None]
 
 
 class Training(BaseModel):
@@ -83,13 +80,32 @@ def fit(
     """Train to the last epoch, from the run's last checkpoint if it has one, and store the candidate's weights.
 
     `on_epoch` is called in this process soon after each epoch, for restored epochs too, and `on_now` every two
-    seconds. Raises ConfigError or ClusterError when the workers cannot be had, StorageError or TrainingError when
-    training fails for good, Terminated when SIGTERM has ended it, with a checkpoint, on a local Ray.
+    seconds. While another process trains this run, it is waited for and followed. Raises ConfigError or ClusterError
+    when the workers cannot be had, StorageError or TrainingError when training fails for good, Terminated when SIGTERM
+    has ended it, with a checkpoint.
     """
-    if done := find_training(store, run_id):
-        return done
+    while (done := find_training(store, run_id)) is None:
+        with (
+            followed(store, staging(run_id), on_epoch, on_now),
+            held(store, lease_key(staging(run_id)), lambda: find_training(store, run_id) is not None) as hold,
+        ):
+            if hold is not None:
+                _train(store, run_id, manifest, config, cluster, load, hold)
+    return done
+
+
+def _train(
+    store: Store,
+    run_id: str,
+    manifest: Manifest,
+    config: TrainConfig,
+    cluster: ClusterConfig,
+    load: LoadConfig,
+    hold: Hold,
+) -> None:
+    """What `fit` does as the run's one writer. Nothing is left when another process has taken over meanwhile."""
     started = time.perf_counter()
-    with ray_session(cluster) as gpu, _stop_file(cluster) as stop_file:
+    with ray_session(cluster) as gpu, _sigterm_stops(hold):
         job = Job(
             store_url=store.url,
             folder=staging(run_id),
@@ -99,7 +115,7 @@ def fit(
             loading=choose_loading(manifest, load),
             checkpoint_steps=config.checkpoint_steps,
             checkpoint_seconds=config.checkpoint_seconds,
-            stop_file=stop_file,
+            lease_token=hold.lease.token,
         )
         log.info(
             "starting %s Ray workers for %d epochs; training images (%.0f MiB) are %s",
@@ -108,8 +124,13 @@ def fit(
             manifest.pixel_bytes("train") / MIB,
             "resident in each" if job.loading == "resident" else "streamed",
         )
-        with followed(store, staging(run_id), on_epoch, on_now):
+        try:
             weights, position = _run_workers(store, run_id, job, cluster, gpu)
+        except TrainingError:
+            if not hold.lost:
+                raise
+        if hold.lost:
+            return
         if position.epoch <= job.recipe.epochs:
             raise _unfinished(store, run_id, job, position)
     candidate = encode_model(_plain(job, weights))
@@ -127,8 +148,7 @@ def fit(
         wall_seconds=time.perf_counter() - started,
         finished=datetime.now(UTC),
     )
-    receipt = store.keep(f"{staging(run_id)}/training.json", training.model_dump_json(indent=2).encode())
-    return Training.model_validate_json(receipt)
+    store.keep(f"{staging(run_id)}/training.json", training.model_dump_json(indent=2).encode())
 
 
 def _run_workers(
@@ -174,21 +194,16 @@ def _run_workers(
 
 
 @contextlib.contextmanager
-def _stop_file(cluster: ClusterConfig) -> Iterator[Path | None]:
-    """A file that appears at SIGTERM, while the block runs, for the workers of a local Ray to see and stop.
-
-    On a cluster the workers are elsewhere: there, it is Ray that tells them when their machine is about to go.
-    """
-    if cluster.ray_address is not None or threading.current_thread() is not threading.main_thread():
-        yield None
+def _sigterm_stops(hold: Hold) -> Iterator[None]:
+    """While the block runs, SIGTERM asks the workers, wherever they are, to end with a checkpoint."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
         return
-    with tempfile.TemporaryDirectory(prefix="lenet-") as folder:
-        file = Path(folder) / "stop"
-        before = signal.signal(signal.SIGTERM, lambda *_: file.touch())
-        try:
-            yield file
-        finally:
-            signal.signal(signal.SIGTERM, before)
+    before = signal.signal(signal.SIGTERM, lambda *_: hold.ask_stop())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _unfinished(store: Store, run_id: str, job: Job, position: Position) -> BaseException:

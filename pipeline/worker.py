@@ -3,6 +3,7 @@
 import ctypes
 import logging
 import math
+import socket
 import sys
 import time
 from dataclasses import dataclass
@@ -25,10 +26,11 @@ from lenet.recipe import Recipe
 from lenet.step import Gradient, evaluate_step, flatten, metrics_of, no_counts
 from pipeline.checkpoint import FILE_NAME, EpochMetrics, Position, encode_state, load_state
 from pipeline.collective import Sum, open_sum
-from pipeline.errors import DataError
+from pipeline.errors import DataError, TrainingError
+from pipeline.lease import Watchman
 from pipeline.loader import Loader, Loading, Place, open_loader
 from pipeline.order import share
-from pipeline.progress import Teller
+from pipeline.progress import Teller, tell_log
 from pipeline.shards import Manifest, read_rows
 from pipeline.storage import open_store
 
@@ -41,8 +43,8 @@ MIB = 2**20
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -2, -3, -8  # of malloc.h
 
 
-# What rank 0 may say to all others with each sum of gradients; NaN, from any, says that its loss is not finite.
-SAVE, STOP = 1.0, 2.0
+# What rank 0 may say to all others, in one sum, with the gradients; NaN, from any, says that its loss is not finite.
+SAVE, STOP, FENCED = 1, 2, 4
 NOTICE_S = 2  # between checkpoints, when a machine is about to be taken away
 # On a GPU, hearing is waiting for all that was asked of it before.
 GPU_STEPS_BETWEEN_LISTENING = 50
@@ -52,7 +54,7 @@ GPU_STEPS_BETWEEN_LISTENING = 50
 class Job:
     """All a worker needs to know; the same for every rank.
 
-    `folder` is the run's own in the store. When `stop_file` appears, if it is given, training ends with a checkpoint.
+    `folder` is the run's own in the store, `lease_token` what its lease there has while this training may write.
     """
 
     store_url: str
@@ -63,7 +65,7 @@ class Job:
     loading: Loading
     checkpoint_steps: int | None
     checkpoint_seconds: float
-    stop_file: Path | None
+    lease_token: int
 
     @property
     def checkpoints(self) -> str:
@@ -103,20 +105,25 @@ class Watch:
 
     def __init__(self, job: Job, place: Place) -> None:
         self.job, self.place = job, place
-        self.listens_every = GPU_STEPS_BETWEEN_LISTENING if place.device.type == "cuda" else 1
+        self.every = GPU_STEPS_BETWEEN_LISTENING if place.device.type == "cuda" else 1
+        self.watchman = Watchman(place.store, lease_key(job.folder), job.lease_token) if place.rank == 0 else None
         self.saved()
+
+    def listens(self, step: int) -> bool:
+        """Whether all ranks wait, at this step, for what was said to be heard."""
+        return step % self.every == 0 or step == self.place.steps
 
     def saved(self) -> None:
         """There is a checkpoint of this moment."""
         self.saved_at = time.monotonic()
 
-    def word(self, loss: Tensor) -> Tensor:
+    def word(self, loss: Tensor, step: int) -> Tensor:
         """What to say to the other ranks with the gradients of a slice whose sum of losses, float64 (), this is."""
-        wish = 0.0
-        if self.place.rank == 0:
+        wish = 0
+        if self.watchman is not None and self.listens(step):  # said once for each time that it is listened to
             patience = min(NOTICE_S, self.job.checkpoint_seconds) if _preempted() else self.job.checkpoint_seconds
             wish += SAVE * (time.monotonic() - self.saved_at > patience)
-            wish += STOP * bool(self.job.stop_file and self.job.stop_file.exists())
+            wish += STOP * (self.watchman.verdict == "stop") + FENCED * (self.watchman.verdict == "fenced")
         return (loss * 0 + wish).float()
 
 
@@ -126,6 +133,11 @@ class Ended(Exception):  # noqa: N818  # not an error
     def __init__(self, report: dict[str, Any]) -> None:
         super().__init__(str(report))
         self.report = report
+
+
+def lease_key(folder: str) -> str:
+    """Key of the lease on the run whose folder this is."""
+    return f"{folder}/lease.json"
 
 
 def train_worker(config: dict[str, Any]) -> None:
@@ -171,6 +183,7 @@ def _begin(job: Job) -> tuple[Session, Position]:
         world_size=context.get_world_size(),
         device=device,
     )
+    tell_log(log, place.store, job.folder, place.rank)
     model, gradient, optimization = open_learner(recipe, manifest, job.seed, device, place.steps)
     session = Session(
         job,
@@ -183,7 +196,14 @@ def _begin(job: Job) -> tuple[Session, Position]:
         Watch(job, place),
         Teller(place.store, job.folder, place.steps, place.global_batch_size),
     )
-    return session, _restore(session)
+    if session.watch.watchman is not None:
+        session.watch.watchman.look()  # a training that was restarted may have been superseded meanwhile
+    position = _restore(session)
+    log.info(
+        "on %s of %s, images %s, from epoch %d, step %d",
+        device, socket.gethostname(), job.loading, position.epoch, position.step + 1,
+    )  # fmt: skip
+    return session, position
 
 
 def open_learner(
@@ -212,13 +232,16 @@ def _train_epoch(session: Session, position: Position) -> Tensor:
     for step, batch in enumerate(session.loader.batches(position.epoch, position.step), start=position.step + 1):
         images = augment(batch.images, batch.rows, job.recipe.augment, job.seed, position.epoch)
         counts += session.gradient(images, batch.labels, global_batch=batch.size)
-        heard += session.sum_up(session.gradient.total, watch.word(counts[0]))
-        wish = 0.0
-        if step % watch.listens_every == 0 or step == place.steps:
-            wish = heard.item()
+        heard += session.sum_up(session.gradient.total, watch.word(counts[0], step))
+        wish = 0
+        if watch.listens(step):
+            said = heard.item()
+            if math.isnan(said):
+                raise Ended({"diverged": {"epoch": position.epoch, "step": step, "ranks": _blame(place, counts[0])}})
+            wish = round(said)
             heard.zero_()
-        if math.isnan(wish):
-            raise Ended({"diverged": {"epoch": position.epoch, "step": step, "ranks": _blame(place, counts[0])}})
+        if wish & FENCED:
+            raise Ended({"fenced": True})
         session.optimization.step(before + step - 1)
         if place.rank == 0:
             session.teller.tell(position.epoch, step, counts, time.perf_counter() - started)
@@ -228,7 +251,7 @@ def _train_epoch(session: Session, position: Position) -> Tensor:
             loss, correct, seen = summed(counts.clone()).tolist()
             position.counts = (loss, correct, seen)
             _save(session, position, {"epoch": position.epoch, "step": step})
-            if wish >= STOP:
+            if wish & STOP:
                 raise Ended({"stopped": True})
     total = summed(counts)
     position.seconds = time.perf_counter() - started
@@ -309,9 +332,11 @@ def _save(session: Session, position: Position, metrics: dict[str, Any]) -> None
         ray.train.report(metrics, checkpoint_upload_mode=CheckpointUploadMode.ASYNC)
         return
     data = encode_state(session.model, session.optimization, position)
-    job, store = session.job, session.place.store
+    job, store, watchman = session.job, session.place.store, session.watch.watchman
 
     def upload(checkpoint: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
+        if watchman is not None and watchman.look() == "fenced":
+            raise TrainingError("another process has taken over this run; this one writes no more")
         store.put(job.state_key(name), data)
         return ray.train.Checkpoint(store.path(f"{job.checkpoints}/{name}"), checkpoint.filesystem)
 

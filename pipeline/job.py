@@ -1,0 +1,41 @@
+"""What runs on the head of a Ray cluster as a job: `python -m pipeline.job REQUEST`, submitted by pipeline/jobs.py.
+
+The request is JSON: the run's parameters, the folder of its dataset in the store, and the versions of where it was
+begun, which have to be those of this machine. What a failure says is the last line of the output, as JSON.
+"""
+
+import json
+import logging
+import sys
+
+from pipeline import run
+from pipeline.errors import PipelineError, Terminated
+from pipeline.jobs import require_versions
+from pipeline.shards import require_manifest
+from pipeline.storage import open_store
+
+
+def main(argument: str) -> None:
+    """Train; exit code 0 when the training is in the store."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
+    logging.getLogger("pipeline").setLevel(logging.INFO)
+    logging.getLogger("pipeline.worker").propagate = False  # whoever follows the run hears the workers, too
+    try:
+        asked = json.loads(argument)
+        require_versions(asked["versions"])
+        config = run.config_of(asked["parameters"], run.RunConfig)
+        manifest = require_manifest(open_store(config.storage), asked["dataset"])
+        run.train(config, manifest)
+    except PipelineError as error:
+        _end(error, error.exit_code)
+    except Terminated as error:
+        _end(error, 143)
+
+
+def _end(error: BaseException, code: int) -> None:
+    print(json.dumps({"error": type(error).__name__, "args": [str(arg) for arg in error.args]}), flush=True)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

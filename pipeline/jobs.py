@@ -1,0 +1,226 @@
+"""Training as a Ray job: submitted to a cluster's head, followed, found again after this process died, and stopped.
+
+The job is a process on the head (`pipeline/job.py`), so the training lives on when whoever submitted it is gone. This
+package's code goes with it; all else, PyTorch and credentials included, has to be on the cluster's machines.
+"""
+
+import contextlib
+import importlib.metadata
+import json
+import logging
+import platform
+import shlex
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import ray
+import requests
+from ray.exceptions import AuthenticationError
+from ray.job_submission import JobStatus, JobSubmissionClient
+
+from pipeline import errors
+from pipeline.errors import ClusterError, PipelineError, Terminated, TrainingError
+from pipeline.lease import ask_to_stop
+from pipeline.progress import OnEpoch, OnNow, followed
+from pipeline.storage import Store, sha256
+from pipeline.train import Training, find_training, staging
+from pipeline.worker import lease_key
+
+log = logging.getLogger(__name__)
+
+CONNECT_TIMEOUT_S, READ_TIMEOUT_S = 5, 30
+POLL_S = 1
+OUTAGE_S = 60  # how long a head that does not answer is waited for, once it has
+STOP_S = 8  # how long a training may take to leave its checkpoint, before its job is stopped
+LOST_JOBS = 3  # how many jobs of one run may vanish with the head they ran on
+CODE = ("lenet", "pipeline")
+# What decides the numbers, beside the code that comes with the job.
+SAME = ("torch", "ray", "numpy", "pyarrow")
+
+
+class Client(JobSubmissionClient):
+    """Ray's own, which would wait for ever for a head that went away in the middle of an answer."""
+
+    def _do_request(self, *args: Any, **kwargs: Any) -> Any:
+        return super()._do_request(*args, timeout=(CONNECT_TIMEOUT_S, READ_TIMEOUT_S), **kwargs)
+
+
+def connect(address: str) -> Client:
+    """A client for the head whose dashboard is at http://host:port. Raises ClusterError with one line for an address
+    where there is none, a token that is not its, and another version of Ray."""
+    try:
+        client = Client(address)
+    except AuthenticationError as error:
+        raise ClusterError(
+            f"ray_address={address!r}: the cluster refuses the token ({_first_line(error)}); set RAY_AUTH_MODE=token "
+            "and RAY_AUTH_TOKEN_PATH to the cluster's"
+        ) from None
+    except (ConnectionError, OSError, RuntimeError, ValueError) as error:
+        raise ClusterError(
+            f"ray_address={address!r}: no Ray dashboard answers there ({_first_line(error)}); give http://host:port of "
+            "the head's dashboard, started by Ray with its default extra installed"
+        ) from None
+    theirs = client._server_ray_version
+    if theirs != ray.__version__:
+        raise ClusterError(
+            f"ray_address={address!r}: the cluster runs Ray {theirs} and this process {ray.__version__}; "
+            "install the same version on both"
+        )
+    return client
+
+
+def request(parameters: dict[str, Any], dataset: str) -> dict[str, Any]:
+    """What a job is asked to do: the run with these parameters and the dataset in this folder, on its own cluster."""
+    return {"parameters": parameters | {"ray_address": "auto"}, "dataset": dataset, "versions": versions()}
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that have to be the same on the cluster as where the run was begun."""
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in SAME}
+
+
+def require_versions(asked: dict[str, str]) -> None:
+    """ClusterError unless this machine has these versions."""
+    here = versions()
+    other = [f"{name} {here[name]}, not {version}" for name, version in asked.items() if here[name] != version]
+    if other:
+        raise ClusterError(f"the cluster has {'; '.join(other)}; install the same versions as where the run begins")
+
+
+def train_by_job(
+    store: Store, run_id: str, address: str, asked: dict[str, Any], on_epoch: OnEpoch, on_now: OnNow
+) -> Training:
+    """Train on the cluster at `address`, by the job of this run that is at work there, or else by a new one.
+
+    `asked` is the `request` that pipeline/job.py takes. When this call ends before the job, by Ctrl-C, SIGTERM or
+    cancellation, the training is asked to leave a checkpoint, and is stopped. Raises what the training raised, and
+    ClusterError when the cluster is gone.
+    """
+    lost = 0
+    while (done := find_training(store, run_id)) is None:
+        client = connect(address)
+        job = _find(client, store, run_id) or _submit(client, store, run_id, asked)
+        with followed(store, staging(run_id), on_epoch, on_now), _stopped_with_us(client, store, run_id, job):
+            status = _wait(client, job)
+        if status is None:
+            lost += 1
+            if lost > LOST_JOBS:
+                raise ClusterError(f"ray_address={address!r}: {lost} jobs of run {run_id} vanished; see the head's log")
+            log.warning("the head has forgotten job %s; submitting another", job)
+        elif status != JobStatus.SUCCEEDED:
+            raise _error(client, job, status)
+        elif find_training(store, run_id) is None:
+            raise TrainingError(f"job {job} ended well and left no training in {store.url}; is that the store it uses?")
+    return done
+
+
+def _prefix(store: Store, run_id: str) -> str:
+    # Runs of two stores may have the same name, and share a cluster.
+    return f"lenet-{run_id}-{sha256(store.url.encode())[:8]}-"
+
+
+def _find(client: Client, store: Store, run_id: str) -> str | None:
+    """The job of this run that has not ended."""
+    for found in client.list_jobs():
+        name = str(found.submission_id)
+        if name.startswith(_prefix(store, run_id)) and not found.status.is_terminal():
+            log.info("job %s trains this run already: following it", name)
+            return name
+    return None
+
+
+def _submit(client: Client, store: Store, run_id: str, asked: dict[str, Any]) -> str:
+    """A new job. Numbered, so that of two who submit at once one is refused, and follows the other's."""
+    prefix = _prefix(store, run_id)
+    number = 1 + sum(str(found.submission_id).startswith(prefix) for found in client.list_jobs())
+    package = Path(__file__).parents[1]
+    try:
+        job: str = client.submit_job(
+            entrypoint=f"python -m pipeline.job {shlex.quote(json.dumps(asked))}",
+            submission_id=f"{prefix}{number}",
+            runtime_env={"py_modules": [str(package / name) for name in CODE]},
+            metadata={"run_id": run_id, "storage": store.url},
+        )
+    except RuntimeError as error:
+        if other := _find(client, store, run_id):
+            return other
+        raise ClusterError(f"the job of run {run_id} was refused: {_first_line(error)}") from None
+    log.info("submitted as job %s", job)
+    return job
+
+
+def _wait(client: Client, job: str) -> JobStatus | None:
+    """How the job ended; None if the head, started again, knows nothing of it. Its output goes to the log."""
+    answered = time.monotonic()
+    shown = 0
+    while True:
+        try:
+            status = client.get_job_status(job)
+            lines = client.get_job_logs(job).splitlines()
+        except (requests.RequestException, RuntimeError) as error:
+            if "does not exist" in str(error):
+                return None
+            if time.monotonic() - answered > OUTAGE_S:
+                raise ClusterError(
+                    f"the cluster has not answered for {OUTAGE_S} s ({_first_line(error)}); the same run_id goes on "
+                    "once it is back"
+                ) from None
+        else:
+            answered = time.monotonic()
+            for line in lines[shown:]:
+                if not line.startswith("{") and "Running entrypoint" not in line:  # Ray repeats the whole request
+                    log.info("job: %s", line)
+            shown = len(lines)
+            if status.is_terminal():
+                return status
+        time.sleep(POLL_S)
+
+
+@contextlib.contextmanager
+def _stopped_with_us(client: Client, store: Store, run_id: str, job: str) -> Iterator[None]:
+    """A job that nobody waits for any more is stopped, with a checkpoint if it leaves one in time."""
+
+    def terminate(*_: object) -> None:
+        raise Terminated
+
+    here = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, terminate) if here else None
+    try:
+        yield
+    except ClusterError:
+        raise
+    except BaseException:
+        log.warning("stopping job %s", job)
+        with contextlib.suppress(requests.RequestException, RuntimeError, PipelineError):
+            ask_to_stop(store, lease_key(staging(run_id)))
+            give_up = time.monotonic() + STOP_S
+            while time.monotonic() < give_up and not client.get_job_status(job).is_terminal():
+                time.sleep(POLL_S / 4)
+            client.stop_job(job)
+        raise
+    finally:
+        if here:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _error(client: Client, job: str, status: JobStatus) -> BaseException:
+    """What the job's last line says was raised there."""
+    with contextlib.suppress(requests.RequestException, RuntimeError):
+        lines = [line for line in client.get_job_logs(job).splitlines() if line.strip()]
+        if lines and lines[-1].startswith("{"):
+            said = json.loads(lines[-1])
+            if said["error"] == Terminated.__name__:
+                return Terminated()
+            kind: type[BaseException] = getattr(errors, said["error"], TrainingError)
+            return kind(*said["args"])
+        message = client.get_job_info(job).message or (lines[-1] if lines else "no output")
+        return TrainingError(f"job {job} has {str(status).lower()}: {' '.join(message.split())[:400]}")
+    return ClusterError(f"job {job} has {str(status).lower()}, and the head does not say why")
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,161 @@
+"""Proves that a run has one writer: others wait, take over from the dead at once and from the silent after a while, and
+whoever was superseded hears of it. Real processes, on disk and on S3."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+
+import pytest
+
+from pipeline import lease
+from pipeline.lease import Hold, Lease, Process, Watchman, ask_to_stop, held, read_lease
+from pipeline.storage import Store
+
+KEY = "staging/r/lease.json"
+HOLDER = """
+import sys, time
+from pipeline import lease
+from pipeline.storage import open_store
+lease.BEAT_S = 0.05
+with lease.held(open_store(sys.argv[1]), "staging/r/lease.json", lambda: False) as hold:
+    print("held", hold.lease.token, flush=True)
+    while not hold.lost:
+        time.sleep(0.01)
+print("lost", flush=True)
+"""
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "BEAT_S", 0.05)
+    monkeypatch.setattr(lease, "EXPIRES_S", 1.5)
+
+
+@pytest.fixture
+def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No lease expires, so whoever has one has not waited for that."""
+    monkeypatch.setattr(lease, "EXPIRES_S", 600)
+
+
+def never() -> bool:
+    return False
+
+
+def start_holder(store: Store) -> subprocess.Popen[str]:
+    process = subprocess.Popen([sys.executable, "-c", HOLDER, store.url], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline().startswith("held")
+    return process
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 10) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.usefixtures("_patient")
+def test_a_lease_given_back_is_had_at_once(store: Store) -> None:
+    for token in (1, 2, 3):
+        with held(store, KEY, never) as hold:
+            assert hold is not None
+            assert (hold.lease.token, hold.lease.holder) == (token, Process.current())
+    found = read_lease(store, KEY)
+    assert found is not None
+    assert found.holder is None
+
+
+@pytest.mark.usefixtures("_patient")
+def test_a_killed_holder_is_followed_at_once(store: Store) -> None:
+    holder = start_holder(store)
+    os.kill(holder.pid, signal.SIGKILL)  # and not buried: its parent does not wait for it
+    with held(store, KEY, never) as hold:
+        assert hold is not None
+        assert hold.lease.token == 2
+    holder.communicate()
+
+
+def test_a_stopped_holder_is_followed_when_its_lease_has_expired_and_learns_of_it(store: Store) -> None:
+    holder = start_holder(store)
+    holder.send_signal(signal.SIGSTOP)
+    started = time.monotonic()
+    with held(store, KEY, never) as hold:
+        assert hold is not None
+        assert 1.5 <= time.monotonic() - started < 30
+        holder.send_signal(signal.SIGCONT)
+        out, _ = holder.communicate(timeout=10)
+        assert out == "lost\n"
+        time.sleep(0.2)
+        assert not hold.lost
+
+
+def test_a_living_holder_is_waited_for_until_the_work_is_finished(store: Store) -> None:
+    holder = start_holder(store)
+    finished = threading.Event()
+    threading.Timer(3, finished.set).start()  # twice as long as a lease lasts unrenewed
+    started = time.monotonic()
+    with held(store, KEY, finished.is_set) as hold:
+        assert hold is None
+    assert time.monotonic() - started >= 3
+    found = read_lease(store, KEY)
+    assert found is not None
+    assert found.token == 1
+    holder.kill()
+    holder.communicate()
+
+
+def test_of_many_at_once_one_has_it_at_a_time(store: Store) -> None:
+    inside, most, entered = 0, 0, []
+    guard = threading.Lock()
+
+    def work() -> None:
+        nonlocal inside, most
+        with held(store, KEY, never) as hold:
+            assert hold is not None
+            with guard:
+                inside += 1
+                most = max(most, inside)
+                entered.append(hold.lease.token)
+            time.sleep(0.05)
+            with guard:
+                inside -= 1
+
+    threads = [threading.Thread(target=work) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == 1
+    assert entered == [1, 2, 3, 4, 5, 6]
+
+
+def test_workers_hear_of_the_end_and_of_another_holder(store: Store) -> None:
+    hold = Hold(store, KEY, Lease(token=1, holder=Process.current()))
+    store.create(KEY, hold.lease.encode())
+    watchman, other = Watchman(store, KEY, 1), Watchman(store, KEY, 2)
+    assert watchman.look() == "go on"
+    assert other.look() == "fenced"
+    hold.ask_stop()
+    wait_until(lambda: watchman.verdict == "stop")
+    hold.give_back()
+    with held(store, KEY, never):
+        assert watchman.look() == "fenced"
+
+
+def test_anybody_can_ask_for_the_end_and_the_holder_keeps_its_lease(store: Store) -> None:
+    ask_to_stop(store, KEY)  # of nobody
+    with held(store, KEY, never) as hold:
+        assert hold is not None
+        ask_to_stop(store, KEY)
+        wait_until(lambda: hold.stop_asked)
+        assert Watchman(store, KEY, 1).look() == "stop"
+        time.sleep(0.3)  # and it is not forgotten with the next beats
+        assert (hold.lost, read_lease(store, KEY).stop) == (False, True)  # type: ignore[union-attr]
+    with held(store, KEY, never) as hold:  # the next holder was not asked
+        assert hold is not None
+        assert not hold.stop_asked
