@@ -1,4 +1,4 @@
-"""`lenet models` and what can be done with a published model: promote, rollback, verify, export, reproduce, gc."""
+"""`lenet models` and what can be done with what is published: promote, rollback, index, verify, export, gc…"""
 
 import logging
 from datetime import timedelta
@@ -17,6 +17,7 @@ from flows.display import Display
 from flows.options import DEFAULT_STORAGE, Storage
 from flows.runs import plain_console
 from pipeline.errors import DataError
+from pipeline.index import INDEX, refresh_index, write_index
 from pipeline.publish import copy_run
 from pipeline.registry import DEFAULT_MODEL, find_champion, find_decision, find_place, list_models, list_versions
 from pipeline.storage import open_store
@@ -56,14 +57,25 @@ def promote(
     Args:
         version: Its number, as lenet models lists it.
     """
-    champion = pipeline.registry.promote_by_hand(open_store(storage), model, version)
+    store = open_store(storage)
+    champion = pipeline.registry.promote_by_hand(store, model, version)
+    refresh_index(store)
     print(f"champion of {model}: version {champion.version} ({champion.run_id})")
 
 
 def rollback(*, model: Model = DEFAULT_MODEL, storage: Storage = DEFAULT_STORAGE) -> None:
     """Make the version that was champion before this one the champion again."""
-    champion = pipeline.registry.roll_back(open_store(storage), model)
+    store = open_store(storage)
+    champion = pipeline.registry.roll_back(store, model)
+    refresh_index(store)
     print(f"champion of {model}: version {champion.version} ({champion.run_id})")
+
+
+def index(*, storage: Storage = DEFAULT_STORAGE) -> None:
+    """Write the page of all runs, index.html in the store, anew. Every run and every change of champion does so."""
+    store = open_store(storage)
+    write_index(store)
+    print(store.locate(INDEX))
 
 
 def verify(url: str) -> None:

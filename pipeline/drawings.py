@@ -3,6 +3,7 @@
 import io
 import re
 from collections.abc import Callable, Sequence
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 from pipeline.checkpoint import History
@@ -12,7 +13,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 # Mid-tones that read on white and on near-black alike.
-BLUE, ORANGE, GREEN = "#4a86d8", "#d9792b", "#3f9c6b"
+BLUE, ORANGE, GREEN, PURPLE, GREY = "#4a86d8", "#d9792b", "#3f9c6b", "#9a6dd0", "#888888"
+# What tells series apart, by shape too: colour, matplotlib's marker, and the same as a character.
+SERIES = ((BLUE, "o", "●"), (ORANGE, "s", "■"), (GREEN, "^", "▲"), (PURPLE, "D", "◆"), (GREY, "v", "▼"))
+
+Points = Sequence[tuple[datetime, float]]
 
 
 def draw_curves(history: History, curves: dict[str, tuple[str, str]], top: float | None) -> str:
@@ -39,7 +44,7 @@ def draw_reliability(bins: Sequence[CalibrationBin]) -> str:
 
     def plot(axes: "Axes") -> None:
         filled = [one for one in bins if one.images]
-        axes.plot([0, 1], [0, 1], "--", color="#888888", lw=1, label="calibrated")
+        axes.plot([0, 1], [0, 1], "--", color=GREY, lw=1, label="calibrated")
         confidences = [one.confidence for one in filled]
         axes.plot(confidences, [one.accuracy for one in filled], "o-", color=BLUE, ms=4, label="this model")
         axes.set_xlim(0, 1)
@@ -49,6 +54,34 @@ def draw_reliability(bins: Sequence[CalibrationBin]) -> str:
         axes.legend(frameon=False)
 
     return _svg(plot, salt="reliability")
+
+
+def draw_accuracies(series: Sequence[Points], champions: Points, salt: str) -> str:
+    """Accuracies (0 to 1) by time, in UTC: points for each series, in the order of SERIES, and as steps that of the
+    champion, from each change on. At least one series has a point. Without a legend: names are for the page to write.
+    """
+
+    def plot(axes: "Axes") -> None:
+        from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
+        from matplotlib.ticker import PercentFormatter
+
+        times = [when for points in series for when, _ in points]
+        first, last = min(times), max(times)
+        steps = [*champions, (max(last, champions[-1][0]), champions[-1][1])] if champions else []
+        if steps:
+            axes.plot(*zip(*steps, strict=True), color=GREY, lw=1, drawstyle="steps-post", zorder=1)
+        for number, points in enumerate(series):
+            colour, marker, _ = SERIES[number % len(SERIES)]
+            axes.plot(*zip(*points, strict=True), marker, color=colour, ms=5, alpha=0.85)
+        if first == last:
+            axes.set_xlim(first - timedelta(days=1), first + timedelta(days=1))  # type: ignore[arg-type]
+        # With these two every span of time has its ticks; with others some spans have none and it warns.
+        locator = AutoDateLocator(minticks=3, maxticks=7)  # type: ignore[no-untyped-call]
+        axes.xaxis.set_major_locator(locator)
+        axes.xaxis.set_major_formatter(ConciseDateFormatter(locator))  # type: ignore[no-untyped-call]
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
+
+    return _svg(plot, salt)
 
 
 def _svg(plot: Callable[["Axes"], None], salt: str) -> str:

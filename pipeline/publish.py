@@ -37,10 +37,24 @@ LATEST = "runs/latest.json"
 LATEST_ATTEMPTS = 50
 
 
+class Headline(BaseModel):
+    """What a list of runs says of each beside its accuracy, whose 95% interval is from `accuracy_low` to
+    `accuracy_high`. In small objects, so that nobody has to read reports to make a list."""
+
+    model_config = ConfigDict(frozen=True)
+
+    dataset: str
+    recipe: str
+    workers: int
+    accuracy_low: float
+    accuracy_high: float
+
+
 class RunManifest(BaseModel):
     """What a published run consists of, by name beside the manifest, and what names its content.
 
-    `test_digest` names the images it was judged by, `dataset_folder` is the key of the dataset they are from.
+    `test_digest` names the images it was judged by, `dataset_folder` is the key of the dataset they are from. Runs of
+    before there was a headline have none.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -54,6 +68,7 @@ class RunManifest(BaseModel):
     test_digest: str = ""
     classes: tuple[str, ...] = ()
     image_shape: tuple[int, int] = (28, 28)
+    headline: Headline | None = None
     artifacts: dict[str, Artifact]
 
 
@@ -126,6 +141,7 @@ def publish(
             test_digest=evaluation.test_digest,
             classes=manifest.classes,
             image_shape=manifest.image_shape,
+            headline=headline_of(report),
             artifacts=artifacts,
         )
         store.keep(f"{folder}/manifest.json", content.model_dump_json(indent=2).encode())
@@ -177,6 +193,17 @@ def read_report(store: Store, run_id: str) -> Report:
         raise DataError(f"run {run_id}: published in format {manifest.format_version}, from before this; run it again")
     key = f"{run_folder(run_id)}/report.json"
     return Report.model_validate_json(read_checked(store, key, manifest.artifacts["report.json"]))
+
+
+def headline_of(report: Report) -> Headline:
+    """What a list says of the run with this report."""
+    return Headline(
+        dataset=report.dataset.name,
+        recipe=str(report.parameters.get("recipe")),
+        workers=report.world_size,
+        accuracy_low=report.evaluation.accuracy_low,
+        accuracy_high=report.evaluation.accuracy_high,
+    )
 
 
 def copy_run(store: Store, run_id: str, output: Path) -> list[Path]:

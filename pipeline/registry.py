@@ -27,7 +27,7 @@ from pipeline.idx import Pixels
 from pipeline.metrics import Logits
 from pipeline.predictions import Predictions, read_predictions
 from pipeline.promotion import Comparison, PromoteConfig, compare, first, incomparable
-from pipeline.publish import read_report, require_run, run_folder
+from pipeline.publish import Headline, read_report, require_run, run_folder
 from pipeline.storage import Store, open_store, sha256
 
 log = logging.getLogger(__name__)
@@ -49,6 +49,7 @@ class Version(BaseModel):
     accuracy: float
     test_digest: str
     finished: datetime
+    headline: Headline | None = None
 
     def __str__(self) -> str:
         return f"{self.model} version {self.version} ({self.run_id})"
@@ -159,6 +160,7 @@ def register(store: Store, model: str, run_id: str) -> Version:
             accuracy=manifest.accuracy,
             test_digest=manifest.test_digest,
             finished=manifest.finished,
+            headline=manifest.headline,
         )
         content = version.model_dump_json(indent=2).encode()
         if store.create(f"{version_folder(model, number)}/version.json", content):

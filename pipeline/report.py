@@ -8,7 +8,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from markupsafe import Markup
 from PIL import Image
 from pydantic import BaseModel, ConfigDict
@@ -19,6 +18,7 @@ from pipeline.drawings import BLUE, GREEN, ORANGE, draw_curves, draw_reliability
 from pipeline.evaluate import Evaluation
 from pipeline.idx import Pixels
 from pipeline.metrics import Mistake
+from pipeline.pages import render_page
 from pipeline.promotion import Comparison
 from pipeline.train import Training
 
@@ -83,11 +83,6 @@ def render_html(report: Report, mistakes: list[Pixels]) -> str:
 
     The same report gives the same bytes. Everything in it is escaped: class names and run ids are anybody's text.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("pipeline", "."), autoescape=True, undefined=jinja2.StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
-    environment.filters["percent"] = lambda value, digits=1: f"{100 * value:.{digits}f}\N{NO-BREAK SPACE}%"
     evaluation = report.evaluation
     pictures = [Picture(m, _png(pixels)) for m, pixels in zip(evaluation.mistakes, mistakes, strict=True)]
     held_out = report.history[-1].held_out
@@ -95,8 +90,8 @@ def render_html(report: Report, mistakes: list[Pixels]) -> str:
         "train accuracy": ("train_accuracy", ORANGE),
         f"{held_out} accuracy": ("held_out_accuracy", GREEN),
     }
-    template = environment.get_template("report.html.j2")
-    return template.render(
+    return render_page(
+        "report.html.j2",
         report=report,
         evaluation=evaluation,
         finished=report.finished.astimezone(UTC),

@@ -8,6 +8,7 @@ are the conditional writes that publishing rests on.
 import asyncio
 import contextlib
 import hashlib
+import mimetypes
 import os
 import re
 import time
@@ -278,7 +279,9 @@ class S3Store(Store):
 
     def _put_object(self, key: str, data: bytes, **condition: str) -> None:
         bucket, _, name = self.path(key).partition("/")
-        self.fs.call_s3("put_object", Bucket=bucket, Key=name, Body=data, **condition)
+        # A browser shows a page only if the server calls it one; of any other object it makes a download.
+        kind = mimetypes.guess_type(name)[0] or "application/octet-stream"
+        self.fs.call_s3("put_object", Bucket=bucket, Key=name, Body=data, ContentType=kind, **condition)
 
 
 def open_store(url: str) -> Store:

@@ -11,7 +11,7 @@ from pipeline.errors import DataError
 from pipeline.evaluate import TOLERANCE, FormCheck, JudgeShard, ShardVerdict, require_agreement
 from pipeline.metrics import Tally, Verdict
 from pipeline.predictions import decode_predictions, digest_of_rows, read_predictions
-from pipeline.publish import FORMAT_VERSION, RunManifest, read_report, run_folder, verify_run
+from pipeline.publish import FORMAT_VERSION, RunManifest, headline_of, read_report, run_folder, verify_run
 from pipeline.registry import check_version, find_place
 from pipeline.report import Report
 from pipeline.shards import Manifest, require_manifest
@@ -61,6 +61,8 @@ def _require_same_run(store: Store, run: RunManifest, report: Report) -> None:
         raise DataError(
             f"{where}: says accuracy {report.evaluation.accuracy}, the manifest {run.accuracy}; do not use the run"
         )
+    if run.headline is not None and run.headline != headline_of(report):
+        raise DataError(f"{where}: says {headline_of(report)}, the manifest {run.headline}; do not use the run")
 
 
 def _recount(store: Store, run: RunManifest) -> Verdict:

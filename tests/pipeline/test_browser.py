@@ -1,4 +1,4 @@
-"""Proves that the report page works in a real browser: light and dark, on a desk and on a phone, by itself."""
+"""Proves that the report and the index work in a real browser: light and dark, on a desk and on a phone, alone."""
 
 import shutil
 from collections.abc import Callable, Iterator
@@ -9,6 +9,8 @@ import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from lenet.model import LeNet
+from pipeline.index import write_index
+from pipeline.registry import promote_by_hand, register
 from pipeline.storage import Store
 
 if TYPE_CHECKING:
@@ -36,6 +38,18 @@ def report(local_store: Store, trained: Callable[..., "Receipts"], good_models: 
     """The page of a published run."""
     trained(local_store, "r", model=good_models[-1]).publish(local_store)
     return Path(local_store.path("runs/r/report.html"))
+
+
+@pytest.fixture
+def index(local_store: Store, trained: Callable[..., "Receipts"]) -> Path:
+    """The page of a store with three versions, one the champion, and a run that is none; one name is long."""
+    for number, name in enumerate(("a", f"{'long-' * 20}name", "c", "other")):
+        trained(local_store, name, seed=number).publish(local_store)
+        if name != "other":
+            register(local_store, "lenet", name)
+    promote_by_hand(local_store, "lenet", 2)
+    write_index(local_store)
+    return Path(local_store.path("index.html"))
 
 
 class Visit:
@@ -94,4 +108,42 @@ def test_tables_open_and_scroll_by_keyboard(browser: Browser, report: Path) -> N
     region = page.get_by_role("region", name="Confusion matrix, table")
     region.press("ArrowRight")
     page.wait_for_function("element => element.scrollLeft > 0", arg=region.element_handle(), timeout=5000)
+    page.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 375])
+def test_the_index_shows_all_and_asks_for_nothing(browser: Browser, index: Path, width: int, scheme: str) -> None:
+    visit = Visit(browser, index, width, scheme)
+    page = visit.page
+    assert visit.complaints == []
+    assert visit.requests == [index.as_uri()]
+    assert page.get_by_role("heading").all_inner_texts() == ["Runs and models", "lenet", "Runs that are no version"]
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    for table in page.get_by_role("region").all():  # nor does a table need to be scrolled
+        assert table.evaluate("box => box.scrollWidth <= box.clientWidth")
+    ink, paper = visit.brightness("color"), visit.brightness("backgroundColor")
+    assert (ink < 80 < 200 < paper) if scheme == "light" else (paper < 80 < 200 < ink)
+    (chart,) = [drawing.bounding_box() for drawing in page.get_by_role("img", name="Accuracy of the versions").all()]
+    assert chart is not None
+    assert chart["width"] > 250
+    assert chart["height"] > 150
+    rows = page.get_by_role("region", name="lenet, table").get_by_role("row")
+    assert [row.get_by_role("rowheader").inner_text() for row in rows.all()[1:]] == ["3", "2", "1"]
+    shown = [row.get_by_text("champion", exact=True).locator("visible=true").count() for row in rows.all()]
+    assert shown == [0, 0, 1, 0]
+    page.close()
+
+
+def test_the_links_of_the_index_lead_to_the_reports(browser: Browser, index: Path) -> None:
+    page = Visit(browser, index, 1280, "light").page
+    links = page.get_by_role("link").all()
+    assert len(links) == 5  # the champion's twice
+    for link in links:
+        name = link.inner_text()
+        there = Visit(browser, index.parent / str(link.get_attribute("href")), 1280, "light").page
+        assert there.get_by_role("heading", level=1).inner_text() == name
+        there.close()
+    links[0].press("Enter")
+    page.wait_for_url("**/report.html")
     page.close()

@@ -88,6 +88,7 @@ def test_a_missing_object_is_named(store: Store, url: str, name: str) -> None:
         (lambda e: e["confusion"][0].append(1), "says confusion"),
         (lambda e: e["mistakes"].pop(), "says mistakes"),
         (lambda e: e.update(accuracy=1.0), r"says accuracy 1\.0, the manifest 0\.\d+"),
+        (lambda e: e.update(accuracy_low=0.5), r"says dataset='fashion-mnist' .*, the manifest dataset="),
         (lambda e: e.update(candidate_sha256="0" * 64), "is the report of model 0000"),
         (lambda e: e.update(test_digest="0" * 64), "is the report of set of test images 0000"),
     ],
@@ -124,6 +125,7 @@ def test_labels_that_are_not_the_datasets_are_found(store: Store, url: str) -> N
     perfect = tally.verdict(tuple(run["classes"])).model_dump(include=set(Verdict.model_fields))
     edit_report(store, lambda evaluation: evaluation.update(perfect))
     manifest = json.loads(store.read(f"{ROOT}/manifest.json")) | {"accuracy": 1.0}
+    manifest["headline"] |= {name: perfect[name] for name in ("accuracy_low", "accuracy_high")}
     store.put(f"{ROOT}/manifest.json", json.dumps(manifest).encode())
     with pytest.raises(DataError, match=r"predictions/00000\.parquet: its labels are not those of the dataset"):
         list(verify(url))
