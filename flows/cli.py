@@ -14,7 +14,7 @@ from rich.table import Table
 
 from flows.data import data
 from flows.display import Display
-from flows.models import export, gc, models, promote, reproduce, rollback, verify
+from flows.models import export, gc, index, models, promote, reproduce, retention, rollback, verify
 from flows.options import option
 from flows.parameters import with_parameters
 from flows.predict import predict
@@ -37,11 +37,13 @@ app.command(runs)
 app.command(models)
 app.command(promote)
 app.command(rollback)
+app.command(index)
 app.command(verify)
 app.command(predict)
 app.command(export)
 app.command(reproduce)
 app.command(gc)
+app.command(retention)
 app.command(tune)
 
 # Nothing is scheduled on a server that lives as long as one command: 15 s to start without these, not 18.
@@ -75,10 +77,15 @@ def train(**parameters: Any) -> None:
     for name, value in QUIET_PREFECT.items():
         os.environ.setdefault(name, value)
     with ray_ahead(config), Display(Console()) as display:
+        from prefect.exceptions import TerminationSignal
+
         from flows.train_lenet import train_lenet  # after the settings above, for it imports prefect
 
         _start_prefect()
-        published = train_lenet(**parameters)
+        try:
+            published = train_lenet(**parameters)
+        except TerminationSignal:
+            raise Terminated from None
     display.console.print(
         f"test accuracy {published.accuracy:.4f} · report: {published.report}", soft_wrap=True, highlight=False
     )

@@ -1,30 +1,35 @@
 """The flow `train-lenet`: one task for each step, each task one call into `pipeline.run`."""
 
 import logging
+import signal
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
 from prefect import flow, task
 from prefect.artifacts import (
+    create_image_artifact,
     create_link_artifact,
     create_markdown_artifact,
     create_progress_artifact,
     update_progress_artifact,
 )
 from prefect.client.schemas.objects import State, TaskRun
+from prefect.exceptions import TerminationSignal
 from prefect.runtime import flow_run
 from prefect.tasks import Task
 
+from flows.notify import notify, on_failure
 from flows.parameters import with_parameters
 from pipeline import run
 from pipeline.checkpoint import EpochMetrics
-from pipeline.errors import ConfigError, DataError, TrainingError
+from pipeline.errors import ConfigError, DataError, Terminated, TrainingError
 from pipeline.evaluate import Evaluation, Exported
 from pipeline.progress import Now
 from pipeline.promotion import Comparison, render_decision
 from pipeline.publish import Published
-from pipeline.report import render_summary
+from pipeline.report import curves_image, render_summary
 from pipeline.run import RunConfig
 from pipeline.shards import Manifest
 from pipeline.train import Training
@@ -82,7 +87,10 @@ def train(config: RunConfig, manifest: Manifest) -> Training:
     def on_now(now: Now) -> None:
         now_log.info("%s", now, extra={"now": now, "epochs": epochs, "images": manifest.rows("train")})
 
-    return run.train(config, manifest, on_epoch, on_now)
+    try:
+        return run.train(config, manifest, on_epoch, on_now)
+    except Terminated:  # Prefect tells by this whether it was cancelled or has to be run again
+        raise TerminationSignal(signal.SIGTERM) from None
 
 
 @task(**STEP, timeout_seconds=HOUR, cache_key_fn=_outcome("export"))
@@ -102,6 +110,7 @@ def publish(config: RunConfig, manifest: Manifest, training: Training, evaluatio
     """Publish model and report, and show both in Prefect."""
     published = run.publish(config, manifest, training, evaluation)
     create_markdown_artifact(render_summary(published.run_id, training, evaluation), key="training-report")
+    create_image_artifact(curves_image(training.history), key="training-curves", description=config.run_id)
     create_link_artifact(published.report, key="report-page", link_text=f"Report of {config.run_id}")
     return published
 
@@ -111,24 +120,31 @@ def promote(config: RunConfig) -> Comparison:
     """Register the model, and make it the champion if it is better."""
     comparison = run.promote(config)
     create_markdown_artifact(render_decision(config.model, comparison), key="promotion")
+    if config.promote and not comparison.promoted:
+        notify(f"{config.run_id} is not the champion of {config.model}", "; ".join(comparison.reasons))
     return comparison
 
 
-def _run_id(parameters: dict[str, Any]) -> str:
-    """The run id asked for, or one that stays the same when Prefect retries the flow run."""
-    if asked := parameters["run_id"]:
+def name_run(parameters: dict[str, Any], started: datetime | None, flow_run_id: object) -> str:
+    """The run id asked for, or one that stays the same however often the flow run is taken up again."""
+    if asked := parameters.get("run_id"):
         return str(asked)
-    started = flow_run.scheduled_start_time
-    return f"{parameters['dataset']}-{parameters['recipe']}-{started:%Y%m%d-%H%M%S}-{flow_run.id[:8]}"
+    return f"{parameters['dataset']}-{parameters['recipe']}-{started:%Y%m%d-%H%M%S}-{str(flow_run_id)[:8]}"
 
 
-@flow(name="train-lenet")
+def _flow_run_name() -> str:
+    """Dataset, recipe and workers, as the runs' list shows them."""
+    parameters = flow_run.parameters
+    return f"{parameters['dataset']} {Path(parameters['recipe']).stem} on {parameters['workers']} workers"
+
+
+@flow(name="train-lenet", flow_run_name=_flow_run_name, on_failure=[on_failure])
 @with_parameters(RunConfig, lambda field, text: Annotated[field.annotation, field])
 def train_lenet(**parameters: Any) -> Published:
     """Download a dataset, shard it to Parquet, train LeNet on Ray, evaluate, publish, promote the better."""
     for name in ("pipeline", "flows", "now"):
         logging.getLogger(name).setLevel(logging.INFO)
-    config = run.begin(run.config_of(parameters), _run_id(parameters))
+    config = run.begin(run.config_of(parameters), name_run(parameters, flow_run.scheduled_start_time, flow_run.id))
     source = download(config)
     manifest = shard(config, source)
     training = train(config, manifest)

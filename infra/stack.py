@@ -16,7 +16,7 @@ BIN = Path(sys.executable).parent
 BUCKET = "lenet"
 MARK = "LENET_STACK"  # in the environment of every process of the stack
 NODES = ("ray-head", "ray-node-1", "ray-node-2")
-PARTS = ("s3", "prefect-server", "prefect-worker", *NODES)
+PARTS = ("s3", "prefect-server", "prefect-worker", "caretaker", *NODES)
 
 
 class Stack(BaseModel):
@@ -118,6 +118,7 @@ def programs(stack: Stack) -> dict[str, list[str]]:
             str(BIN / "prefect"), "server", "start", "--host", "127.0.0.1", "--port", str(stack.prefect_port),
         ],
         "prefect-worker": [str(BIN / "prefect"), "worker", "start", "--pool", "lenet", "--name", "stack"],
+        "caretaker": [sys.executable, "-m", "flows.caretaker"],
         "ray-head": [*ray_start, *head, *agents[0]],
         **{
             name: [*ray_start, "--address", stack.ray_address, *agents[place]]

@@ -104,6 +104,7 @@ def train_by_job(
     while (done := find_training(store, run_id)) is None:
         client = connect(address)
         job = _find(client, store, run_id) or _submit(client, store, run_id, asked)
+        log.info("following job %s", job)
         with followed(store, staging(run_id), on_epoch, on_now), _stopped_with_us(client, store, run_id, job):
             status = _wait(client, job)
         if status is None:
@@ -118,6 +119,15 @@ def train_by_job(
     return done
 
 
+def stop(store: Store, run_id: str, address: str) -> bool:
+    """Stop the job that trains this run, whoever submitted it; whether there was one. Raises ClusterError."""
+    client = connect(address)
+    job = _find(client, store, run_id)
+    if job is not None:
+        _stop(client, store, run_id, job)
+    return job is not None
+
+
 def _prefix(store: Store, run_id: str) -> str:
     # Runs of two stores may have the same name, and share a cluster.
     return f"lenet-{run_id}-{sha256(store.url.encode())[:8]}-"
@@ -128,7 +138,6 @@ def _find(client: Client, store: Store, run_id: str) -> str | None:
     for found in client.list_jobs():
         name = str(found.submission_id)
         if name.startswith(_prefix(store, run_id)) and not found.status.is_terminal():
-            log.info("job %s trains this run already: following it", name)
             return name
     return None
 
@@ -149,7 +158,6 @@ def _submit(client: Client, store: Store, run_id: str, asked: dict[str, Any]) ->
         if other := _find(client, store, run_id):
             return other
         raise ClusterError(f"the job of run {run_id} was refused: {_first_line(error)}") from None
-    log.info("submitted as job %s", job)
     return job
 
 
@@ -194,17 +202,21 @@ def _stopped_with_us(client: Client, store: Store, run_id: str, job: str) -> Ite
     except ClusterError:
         raise
     except BaseException:
-        log.warning("stopping job %s", job)
         with contextlib.suppress(requests.RequestException, RuntimeError, PipelineError):
-            ask_to_stop(store, lease_key(staging(run_id)))
-            give_up = time.monotonic() + STOP_S
-            while time.monotonic() < give_up and not client.get_job_status(job).is_terminal():
-                time.sleep(POLL_S / 4)
-            client.stop_job(job)
+            _stop(client, store, run_id, job)
         raise
     finally:
         if here:
             signal.signal(signal.SIGTERM, before)
+
+
+def _stop(client: Client, store: Store, run_id: str, job: str) -> None:
+    log.warning("stopping job %s", job)
+    ask_to_stop(store, lease_key(staging(run_id)))
+    give_up = time.monotonic() + STOP_S
+    while time.monotonic() < give_up and not client.get_job_status(job).is_terminal():
+        time.sleep(POLL_S / 4)
+    client.stop_job(job)
 
 
 def _error(client: Client, job: str, status: JobStatus) -> BaseException:

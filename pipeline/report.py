@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict
 from tensorboardX import SummaryWriter
 
 from pipeline.checkpoint import History
-from pipeline.drawings import BLUE, GREEN, ORANGE, draw_curves, draw_reliability
+from pipeline.drawings import BLUE, GREEN, GREY, ORANGE, draw_curves, draw_reliability
 from pipeline.evaluate import Evaluation
 from pipeline.idx import Pixels
 from pipeline.metrics import Mistake
@@ -22,6 +22,7 @@ from pipeline.pages import render_page
 from pipeline.promotion import Comparison
 from pipeline.train import Training
 
+SVG = "http://www.w3.org/2000/svg"
 # Of EpochMetrics.
 CURVES = ("train_loss", "train_accuracy", "held_out_loss", "held_out_accuracy", "images_per_second")
 
@@ -117,6 +118,17 @@ def render_events(history: History) -> bytes:
                     writer.add_scalar(name, getattr(epoch, name), epoch.epoch)
         [file] = Path(folder).iterdir()
         return file.read_bytes()
+
+
+def curves_image(history: History) -> str:
+    """The accuracies by epoch as a picture of its own, in a data URI."""
+    curves = {
+        "train accuracy": ("train_accuracy", ORANGE),
+        f"{history[-1].held_out} accuracy": ("held_out_accuracy", GREEN),
+    }
+    # A page's ink is not known to a picture in it: grey reads on light and on dark.
+    svg = draw_curves(history, curves, top=1).replace("<svg ", f'<svg xmlns="{SVG}" color="{GREY}" ', 1)
+    return "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
 
 
 def render_summary(run_id: str, training: Training, evaluation: Evaluation) -> str:

@@ -1,0 +1,117 @@
+"""Looks after flow runs whose process is gone: `python -m flows.caretaker`, one process beside each Prefect server.
+
+A crashed flow run is given to the workers again, and so goes on from its checkpoint, or follows the Ray job that still
+trains. The job of a cancelled flow run whose process could not stop it any more is stopped.
+
+Prefect's own hooks run in the process that died; its automations, tried for this, fired four times for one crash and
+not at all for the next.
+"""
+
+import logging
+import time
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime, timedelta
+from uuid import UUID
+
+import httpx
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.filters import (
+    FlowRunFilter,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+    FlowRunFilterTags,
+)
+from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.client.schemas.sorting import FlowRunSort
+from prefect.exceptions import PrefectException
+from prefect.states import AwaitingRetry
+
+from flows.train_lenet import name_run
+from pipeline import run
+from pipeline.errors import PipelineError
+
+log = logging.getLogger(__name__)
+
+TAG = "lenet"  # of the deployments in prefect.yaml, and so of their flow runs
+POLL_S = 5
+# A worker reports a crash that its process monitor has reported before, up to 12 s later: over a run that is under way
+# again, if that was done sooner.
+SETTLED = timedelta(seconds=20)
+FORGOTTEN = timedelta(days=1)
+LIVES = 4
+
+
+def to_revive(crashed: Iterable[FlowRun], now: datetime) -> list[UUID]:
+    """Those that have begun, have not used up their lives, and crashed a while ago, but not long ago.
+
+    One that never began cannot: its code is not to be found, say.
+    """
+    return [
+        found.id
+        for found in crashed
+        if found.deployment_id is not None
+        and 1 <= found.run_count < LIVES
+        and found.state is not None
+        and SETTLED <= now - found.state.timestamp <= FORGOTTEN
+    ]
+
+
+def revive(client: SyncPrefectClient, now: datetime) -> list[UUID]:
+    """Let any worker take up what has crashed; the ids of those flow runs."""
+    ids = to_revive(_find(client, [StateType.CRASHED]), now)
+    for flow_run_id in ids:
+        client.set_flow_run_state(flow_run_id, AwaitingRetry(), force=True)
+        log.info("flow run %s had crashed: it goes on", flow_run_id)
+    return ids
+
+
+def stop_left(client: SyncPrefectClient, now: datetime, seen: set[UUID]) -> list[str]:
+    """Stop the jobs of cancelled flow runs, each flow run looked at once and kept in `seen`; the runs that were still
+    trained."""
+    stopped = []
+    for found in _find(client, [StateType.CANCELLED]):
+        if found.id in seen or found.state is None or found.run_count == 0:
+            continue
+        if not SETTLED <= now - found.state.timestamp <= FORGOTTEN:
+            continue
+        try:
+            config = run.config_of(found.parameters, run.RunConfig)
+            run_id = name_run(found.parameters, found.expected_start_time, found.id)
+            if run.stop(config, run_id):
+                log.info("flow run %s was cancelled and run %s still trained: stopped", found.id, run_id)
+                stopped.append(run_id)
+        except PipelineError as error:
+            log.warning("flow run %s was cancelled, and its training cannot be looked for: %s", found.id, error)
+        seen.add(found.id)
+    return stopped
+
+
+def _find(client: SyncPrefectClient, states: Sequence[StateType]) -> list[FlowRun]:
+    return client.read_flow_runs(
+        flow_run_filter=FlowRunFilter(
+            tags=FlowRunFilterTags(all_=[TAG]),
+            state=FlowRunFilterState(type=FlowRunFilterStateType(any_=list(states))),
+        ),
+        sort=FlowRunSort.START_TIME_DESC,
+        limit=100,
+    )
+
+
+def main() -> None:
+    """Look every few seconds, for as long as the process lives."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    seen: set[UUID] = set()
+    with get_client(sync_client=True) as client:
+        log.info("looking after flow runs of %s", client.api_url)
+        while True:
+            try:
+                revive(client, datetime.now(UTC))
+                stop_left(client, datetime.now(UTC), seen)
+            except (httpx.HTTPError, PrefectException) as error:
+                log.warning("Prefect cannot be asked: %s", error)
+            time.sleep(POLL_S)
+
+
+if __name__ == "__main__":
+    main()
