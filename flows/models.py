@@ -3,7 +3,7 @@
 import logging
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from cyclopts import Parameter
 from cyclopts.validators import Number
@@ -12,14 +12,18 @@ from rich.table import Table
 
 import pipeline.registry
 import pipeline.reproduce
+import pipeline.retention
 import pipeline.verify
 from flows.display import Display
-from flows.options import DEFAULT_STORAGE, Storage
+from flows.options import DEFAULT_STORAGE, Storage, option
+from flows.parameters import with_parameters
 from flows.runs import plain_console
 from pipeline.errors import DataError
 from pipeline.index import INDEX, refresh_index, write_index
 from pipeline.publish import copy_run
 from pipeline.registry import DEFAULT_MODEL, find_champion, find_decision, find_place, list_models, list_versions
+from pipeline.retention import RetentionConfig
+from pipeline.run import config_of
 from pipeline.storage import open_store
 from pipeline.strays import find_strays, remove
 
@@ -141,3 +145,13 @@ def gc(
     if delete:
         remove(store, strays)
     print(f"{len(strays)} {'stray' if len(strays) == 1 else 'strays'}{' removed' if delete else ''}")
+
+
+@with_parameters(RetentionConfig, option)
+def retention(**parameters: Any) -> None:
+    """List old runs that are no version of a model, and the checkpoints and copies of other old ones; with --delete,
+    remove them. Versions, champions and datasets stay."""
+    plan = pipeline.retention.retain(config_of(parameters, RetentionConfig))
+    for row in plan.table():
+        print(f"{row['run']}  {row['what']}  {row['MiB']} MiB  {row['why']}")
+    print(plan)

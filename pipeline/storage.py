@@ -16,7 +16,7 @@ import uuid
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
 import botocore.exceptions
@@ -59,6 +59,13 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+class Listed(NamedTuple):
+    """A file as a listing shows it: its size in bytes, and when it was written, in UTC."""
+
+    size: int
+    written: datetime
+
+
 class Store:
     """A folder or bucket prefix. Picklable, so Ray's workers open the same one. Use `open_store` to make one."""
 
@@ -99,6 +106,16 @@ class Store:
             found = self.fs.find(self.path(prefix), detail=True)
         # SeaweedFS lists a folder that has been emptied.
         return sorted(path.removeprefix(self.root + "/") for path, info in found.items() if info["type"] == "file")
+
+    def listing(self, prefix: str) -> dict[str, "Listed"]:
+        """All files under the folder `prefix`, those of writers that were killed too, at the cost of a listing."""
+        with self._explained(prefix):
+            found = self.fs.find(self.path(prefix), detail=True)
+        return {
+            path.removeprefix(self.root + "/"): Listed(info["size"], _written(info))
+            for path, info in found.items()
+            if info["type"] == "file"
+        }
 
     def modified(self, key: str) -> datetime:
         """When the object was written, in UTC."""
@@ -352,6 +369,12 @@ def _s3_filesystem() -> PatientS3FileSystem:
     }
     # Listings are never cached: another process writes to the same bucket (fsspec/s3fs#851).
     return PatientS3FileSystem(use_listings_cache=False, skip_instance_cache=True, config_kwargs=config)
+
+
+def _written(info: dict[str, Any]) -> datetime:
+    """When a file was written, of what S3 or a disk says of it."""
+    when: datetime = info["LastModified"] if "LastModified" in info else datetime.fromtimestamp(info["mtime"], UTC)
+    return when.astimezone(UTC)
 
 
 def _short(error: BaseException) -> str:
