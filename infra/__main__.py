@@ -6,6 +6,7 @@ supervisor keeps the parts running: one that dies is started again.
 """
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -31,6 +32,7 @@ from pipeline.storage import open_store
 PATIENCE_S = 120.0
 FOLDER: Path = Stack.model_fields["folder"].default
 SETTINGS = "stack.json"
+AUTOMATIONS = ROOT / "infra" / "automations.yaml"
 
 
 def up(stack: Stack) -> None:
@@ -165,6 +167,8 @@ def _trouble(stack: Stack, part: str) -> str | None:
         return str(state["statename"]).lower()
     if part in NODES:
         return _ask(lambda: _node_trouble(stack, part))
+    if part == "caretaker":  # asks, and is asked nothing
+        return None if state["statename"] == "RUNNING" else "it is starting"
     return _ask({"s3": _s3_trouble, "prefect-server": _server_trouble, "prefect-worker": _worker_trouble}[part], stack)
 
 
@@ -208,12 +212,15 @@ def _deploy(stack: Stack) -> None:
     for name, parameters in {
         "train-lenet": {"storage": stack.storage, "ray_address": stack.ray_jobs},
         "predict-lenet": {"model": stack.storage, "ray_address": stack.ray_address},
+        "retention": {"storage": stack.storage},
     }.items():
         given = [word for key, value in parameters.items() for word in ("--param", f"{key}={value}")]
         _prefect("deploy", "--name", f"{name}/{name}", *given)
-    there = httpx.post(f"{stack.api}/automations/filter", json={}, timeout=30).json()
-    if not any(automation["name"] == "crash-zombie-flow-runs" for automation in there):
-        _prefect("automation", "create", "--from-file", str(ROOT / "infra" / "automations.yaml"))
+    ours = re.findall(r"- name: (\S+)", AUTOMATIONS.read_text())
+    for automation in httpx.post(f"{stack.api}/automations/filter", json={}, timeout=30).json():
+        if automation["name"] in ours:  # perhaps of a version before
+            httpx.delete(f"{stack.api}/automations/{automation['id']}", timeout=30)
+    _prefect("automation", "create", "--from-file", str(AUTOMATIONS))
 
 
 def _prefect(*arguments: str) -> None:

@@ -27,7 +27,9 @@ class Stack(BaseModel):
     folder: Path = Field(Path(".stack"), description="Where everything is kept.")
     prefect_port: int = Field(4200, ge=1024, le=65_000, description="Prefect's server and its UI.")
     s3_port: int = Field(8333, ge=1024, le=65_000, description="SeaweedFS's S3; nine ports after it are taken too.")
-    ray_port: int = Field(6379, ge=1024, le=65_000, description="Ray's head; five ports after it are taken too.")
+    ray_port: int = Field(
+        6379, ge=1024, le=65_000, description="Ray's head; six ports after it are taken too, three of them for metrics."
+    )
     dashboard_port: int = Field(8265, ge=1024, le=65_000, description="Ray's dashboard.")
     cpus: int = Field(1, ge=1, le=1024, description="CPU cores that each of the three Ray nodes offers.")
 
@@ -64,12 +66,17 @@ class Stack(BaseModel):
         return {name: self.s3_port + place for place, name in enumerate(names)}
 
     @property
+    def metrics_ports(self) -> list[int]:
+        """Where each Ray node has its metrics, the run's among them, for Prometheus."""
+        return [self.ray_port + 1 + len(NODES) + place for place in range(len(NODES))]
+
+    @property
     def ports(self) -> dict[str, list[int]]:
         """All that have to be free, by option."""
         return {
             "prefect-port": [self.prefect_port],
             "s3-port": list(self.s3_ports.values()),
-            "ray-port": list(range(self.ray_port, self.ray_port + 6)),
+            "ray-port": list(range(self.ray_port, self.ray_port + 1 + 2 * len(NODES))),
             "dashboard-port": [self.dashboard_port],
         }
 
@@ -103,7 +110,10 @@ def environment(stack: Stack) -> dict[str, str]:
 def programs(stack: Stack) -> dict[str, list[str]]:
     """The command of each part."""
     node = ["--block", "--node-ip-address", "127.0.0.1", "--num-cpus", str(stack.cpus), "--disable-usage-stats"]
-    agents = [["--dashboard-agent-listen-port", str(stack.ray_port + 1 + place)] for place in range(len(NODES))]
+    agents = [
+        ["--dashboard-agent-listen-port", str(stack.ray_port + 1 + place), "--metrics-export-port", str(port)]
+        for place, port in enumerate(stack.metrics_ports)
+    ]
     head = ["--head", "--port", str(stack.ray_port), "--dashboard-port", str(stack.dashboard_port)]
     head += ["--include-dashboard", "true", "--dashboard-host", "127.0.0.1"]
     ports = [f"-{name}={port}" for name, port in stack.s3_ports.items()]

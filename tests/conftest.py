@@ -155,6 +155,14 @@ def free_ports(count: int) -> list[int]:
     return found
 
 
+def wait_for(condition: Callable[[], object], seconds: float) -> None:
+    """Until something is so; a failed test when it is not, for so long."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {seconds} s in vain"
+        time.sleep(0.05)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _one_torch_thread() -> None:
     """Small tensors gain nothing from a second thread, and on a busy machine two of them wait for each other."""

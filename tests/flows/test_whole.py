@@ -1,16 +1,11 @@
-"""Proves the whole: by deployment on a real Prefect server, worker, Ray and S3, and by command line, interrupted."""
+"""Proves the whole by command line: interrupted, on damaged data, and on a cluster whose S3 server restarts."""
 
-import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
-import urllib.request
-import uuid
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,151 +13,13 @@ import psutil
 import pytest
 from ray.cluster_utils import Cluster
 
-from pipeline.batch import read_manifest
 from pipeline.publish import find_run, read_latest, verify_run
-from pipeline.registry import open_model
-from pipeline.run import RunConfig
 from pipeline.storage import open_store
 from pipeline.train import find_training, staging
+from tests.conftest import wait_for
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
-
-
-def wait_for(condition: Callable[[], Any], seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"waited {seconds} s in vain"
-        time.sleep(0.2)
-
-
-def answers(url: str) -> bool:
-    try:
-        return bool(urllib.request.urlopen(url, timeout=2).status == 200)  # noqa: S310 - loopback
-    except OSError:
-        return False
-
-
-class PrefectServer:
-    """A Prefect server with a home of its own."""
-
-    def __init__(self, home: Path, port: int) -> None:
-        self.url = f"http://127.0.0.1:{port}/api"
-        self.env = {
-            **os.environ,
-            "PREFECT_HOME": str(home),
-            "PREFECT_API_URL": self.url,
-            "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-        }
-        command = [BIN / "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
-        self.log = (home / "server.log").open("wb")
-        self.process = subprocess.Popen(command, env=self.env, stdout=self.log, stderr=self.log, start_new_session=True)
-        wait_for(lambda: answers(f"{self.url}/health"), 120)
-
-    def prefect(self, *arguments: str, env: dict[str, str] | None = None) -> str:
-        done = subprocess.run(
-            [BIN / "prefect", *arguments],
-            cwd=ROOT, env={**self.env, **(env or {})}, capture_output=True, text=True, stdin=subprocess.DEVNULL,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
-
-    def ask(self, path: str, **body: Any) -> Any:
-        data = json.dumps(body).encode() if body else None
-        request = urllib.request.Request(  # noqa: S310 - loopback
-            f"{self.url}{path}", data=data, headers={"Content-Type": "application/json"}
-        )
-        with urllib.request.urlopen(request, timeout=30) as answer:  # noqa: S310
-            return json.load(answer)
-
-
-def end(process: subprocess.Popen[bytes]) -> None:
-    os.killpg(process.pid, signal.SIGTERM)
-    try:
-        process.wait(20)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait(20)
-
-
-@pytest.fixture(scope="module")
-def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrefectServer]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    server = PrefectServer(tmp_path_factory.mktemp("prefect"), port)
-    yield server
-    end(server.process)
-    server.log.close()
-
-
-@pytest.fixture
-def worker(prefect_server: PrefectServer, s3_env: dict[str, str], tmp_path: Path) -> Iterator[None]:
-    prefect_server.prefect("work-pool", "create", "lenet", "--type", "process")
-    with (tmp_path / "worker.log").open("wb") as log:
-        process = subprocess.Popen(
-            [BIN / "prefect", "worker", "start", "--pool", "lenet"],
-            cwd=ROOT, env={**prefect_server.env, **s3_env}, stdout=log, stderr=log, start_new_session=True,
-        )  # fmt: skip
-        yield
-        end(process)
-
-
-@pytest.mark.usefixtures("worker")
-def test_a_deployment_runs_on_a_real_server_worker_ray_and_s3(
-    prefect_server: PrefectServer, s3_server: Any, s3_env: dict[str, str]
-) -> None:
-    prefect_server.prefect("deploy", "--all")
-    deployment = prefect_server.ask("/deployments/name/train-lenet/train-lenet")
-    schema = deployment["parameter_openapi_schema"]["properties"]
-    assert list(schema) == list(RunConfig.model_fields)
-    assert "Passes over the training set." in schema["epochs"]["description"]
-    assert (schema["lr"]["anyOf"][0]["maximum"], schema["workers"]["default"]) == (100, 2)
-    assert [(s["schedule"]["cron"], s["active"]) for s in deployment["schedules"]] == [("0 3 * * *", False)]
-
-    url = f"s3://{s3_server.bucket}/{uuid.uuid4().hex}"
-    parameters = ["-p", "epochs=2", "-p", f"storage={url}", "-p", "run_id=nightly"]
-    out = prefect_server.prefect("deployment", "run", "train-lenet/train-lenet", *parameters, "--watch")
-    assert "Completed" in out
-
-    store = open_store(url)
-    manifest = verify_run(store, "nightly")
-    latest = read_latest(store)
-    assert latest is not None
-    assert latest.run_id == "nightly"
-    assert 0.4 < manifest.accuracy < 0.7  # 0.5177 after two epochs of seed 0
-    report = json.loads(store.read("runs/nightly/report.json"))
-    assert report["parameters"]["epochs"] == 2
-    assert len(report["history"]) == 2
-
-    [flow_run] = prefect_server.ask("/flow_runs/filter", limit=10)
-    logs = prefect_server.ask("/logs/filter", logs={"flow_run_id": {"any_": [flow_run["id"]]}}, limit=200)
-    messages = [line["message"] for line in logs]
-    assert any(re.match(r"epoch 2 of 2: train loss 1\.20", message) for message in messages)
-    assert not any(s3_env["AWS_SECRET_ACCESS_KEY"] in message for message in messages)
-    artifacts = {artifact["key"]: artifact for artifact in prefect_server.ask("/artifacts/filter", limit=10)}
-    assert {"training-progress", "training-report", "report-page"} <= artifacts.keys()
-    assert artifacts["training-progress"]["data"] == 100
-    assert f"**{manifest.accuracy:.2%}**" in artifacts["training-report"]["data"]
-    assert f"{url}/runs/nightly/report.html" in artifacts["report-page"]["data"]
-
-    assert "there was no champion before" in artifacts["promotion"]["data"]
-    assert open_model(url).run_id == "nightly"
-
-    # The champion predicts what is in the bucket, by the other deployment.
-    shards = f"source={url}/{manifest.dataset_folder}/test-*.parquet"
-    given = ["-p", shards, "-p", f"model={url}", "-p", f"output={url}/predicted"]
-    out = prefect_server.prefect("deployment", "run", "predict-lenet/predict-lenet", *given, "--watch")
-    assert "Completed" in out
-    predicted = read_manifest(open_store(f"{url}/predicted"))
-    assert predicted is not None
-    assert (predicted.images, predicted.version, predicted.unreadable) == (10_000, 1, 0)
-
-    # The same run once more does nothing again: Prefect finds its steps finished in the store.
-    before = {key: store.read(key) for key in store.keys("runs")}
-    out = prefect_server.prefect("deployment", "run", "train-lenet/train-lenet", *parameters, "--watch")
-    assert "Completed" in out
-    assert {key: store.read(key) for key in store.keys("runs")} == before
 
 
 class Command:

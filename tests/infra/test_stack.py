@@ -1,22 +1,34 @@
-"""Proves the local stack: it comes up, runs a flow on its own S3 and Ray, mends itself, and goes down."""
+"""Proves the local stack: it comes up, runs flows on its own S3 and Ray by the deployments, whatever happens to their
+processes, mends itself, and goes down."""
 
+import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
+from infra.__main__ import _found
 from infra.stack import MARK, PARTS, Stack, configuration, environment, programs
+from pipeline.batch import read_manifest
+from pipeline.progress import PROGRESS
+from pipeline.publish import read_latest, verify_run
 from pipeline.registry import open_model
-from pipeline.storage import open_store
-from tests.conftest import free_ports
+from pipeline.run import RunConfig
+from pipeline.storage import Store, open_store
+from pipeline.train import find_training, staging
+from tests.conftest import free_ports, wait_for
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -45,6 +57,32 @@ class Running:
                 continue
         return found
 
+    def prefect(self, *arguments: str) -> str:
+        """A command of Prefect's, on this stack; what it prints."""
+        env = {**os.environ, **self.env()}
+        done = subprocess.run([BIN / "prefect", *arguments], env=env, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def ask(self, path: str, **body: object) -> Any:
+        """Prefect's API."""
+        return httpx.post(f"{self.env()['PREFECT_API_URL']}{path}", json=body, timeout=30).raise_for_status().json()
+
+    def flow_run(self) -> dict[str, Any]:
+        """The flow run that began last."""
+        found: dict[str, Any] = self.ask("/flow_runs/filter", limit=1, sort="START_TIME_DESC")[0]
+        return found
+
+    def ray(self, path: str) -> Any:
+        """The API of Ray's dashboard."""
+        token = {"Authorization": f"Bearer {(self.folder / 'ray-token').read_text()}"}
+        url = f"{_found(self.folder).ray_jobs}{path}"
+        return httpx.get(url, headers=token, timeout=30).raise_for_status().json()
+
+    def jobs(self, run_id: str) -> list[str]:
+        """The state of each Ray job of a run."""
+        return [job["status"] for job in self.ray("/api/jobs/") if (job["metadata"] or {}).get("run_id") == run_id]
+
     def env(self) -> dict[str, str]:
         lines = (self.folder / "env").read_text().splitlines()
         return dict(line.removeprefix("export ").split("=", 1) for line in lines)
@@ -62,23 +100,138 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         process.kill()
 
 
-def test_a_flow_runs_on_the_stack_and_its_model_is_in_the_bucket(
-    stack: Running, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    env = stack.env()
-    run = ["deployment", "run", "train-lenet/train-lenet", "-p", "epochs=1", "-p", "run_id=first", "--watch"]
-    done = subprocess.run(
-        [BIN / "prefect", *run], env={**os.environ, **env}, cwd=ROOT, capture_output=True, text=True, timeout=400
-    )
-    assert "Completed" in done.stdout, done.stdout + done.stderr
-    for name, value in env.items():
+@pytest.fixture
+def bucket(stack: Running, monkeypatch: pytest.MonkeyPatch) -> Store:
+    """The store of the stack."""
+    for name, value in stack.env().items():
         monkeypatch.setenv(name, value)
-    served = open_model(env["LENET_STORAGE"])
-    assert served.place == "lenet version 1 (first)"
-    page = open_store(env["LENET_STORAGE"]).read("runs/first/report.html")
-    assert b"<title>" in page
-    log = (stack.folder / "logs" / "prefect-worker.log").read_text()
-    assert env["AWS_SECRET_ACCESS_KEY"] not in log
+    return open_store(stack.env()["LENET_STORAGE"])
+
+
+def begun(store: Store, run_id: str) -> bool:
+    """Whether a run has an epoch behind it."""
+    return bool(store.keys(f"{staging(run_id)}/{PROGRESS}"))
+
+
+def scrape(ports: list[int], into: dict[str, float], ended: threading.Event) -> None:
+    """The run's metrics, as Prometheus would take them from the nodes: the newest value of each."""
+    while not ended.wait(1):
+        for port in ports:
+            try:
+                text = httpx.get(f"http://127.0.0.1:{port}/metrics", timeout=5).text
+            except httpx.HTTPError:
+                continue
+            for family in text_string_to_metric_families(text):
+                for sample in family.samples:
+                    if sample.labels.get("run") == "first":
+                        into[family.name] = sample.value
+
+
+def test_a_deployment_has_the_form_of_the_command_line_and_a_schedule_that_is_off(stack: Running) -> None:
+    url = f"{stack.env()['PREFECT_API_URL']}/deployments/name/train-lenet/train-lenet"
+    deployment = httpx.get(url, timeout=30).json()
+    schema = deployment["parameter_openapi_schema"]["properties"]
+    assert list(schema) == list(RunConfig.model_fields)
+    assert "Passes over the training set." in schema["epochs"]["description"]
+    assert (schema["lr"]["anyOf"][0]["maximum"], schema["workers"]["default"]) == (100, 2)
+    assert [(s["schedule"]["cron"], s["active"]) for s in deployment["schedules"]] == [("0 3 * * *", False)]
+    assert deployment["global_concurrency_limit"]["limit"] == 1
+
+
+def test_a_flow_runs_on_the_stack_and_says_so_everywhere(stack: Running, bucket: Store) -> None:
+    run = ["deployment", "run", "train-lenet/train-lenet", "-p", "epochs=4", "-p", "run_id=first", "--watch"]
+    metrics: dict[str, float] = {}
+    ended = threading.Event()
+    ports = _found(stack.folder).metrics_ports
+    scraper = threading.Thread(target=scrape, args=(ports, metrics, ended))
+    scraper.start()
+    try:
+        assert "Completed" in stack.prefect(*run)
+    finally:
+        ended.set()
+        scraper.join()
+    assert stack.jobs("first") == ["SUCCEEDED"]
+
+    # In the bucket, by its manifests, and for a browser.
+    manifest = verify_run(bucket, "first")
+    latest = read_latest(bucket)
+    assert latest is not None
+    assert latest.run_id == "first"
+    assert 0.6 < manifest.accuracy < 0.8  # 0.7254 after four epochs of seed 0
+    assert open_model(bucket.url).place == "lenet version 1 (first)"
+    page = httpx.get(_found(stack.folder).index, timeout=30)
+    assert page.headers["content-type"].startswith("text/html")
+    assert "runs/first/report.html" in page.text
+
+    # In Prefect.
+    flow_run = stack.flow_run()
+    assert flow_run["name"] == "fashion-mnist seed on 2 workers"
+    logs = stack.ask("/logs/filter", logs={"flow_run_id": {"any_": [flow_run["id"]]}}, limit=200)
+    messages = [line["message"] for line in logs]
+    assert any(re.match(r"epoch 2 of 4: train loss 1\.20", message) for message in messages)
+    assert {message[:6] for message in messages if re.match(r"rank \d: on cpu of", message)} == {"rank 0", "rank 1"}
+    artifacts = {artifact["key"]: artifact["data"] for artifact in stack.ask("/artifacts/filter", limit=20)}
+    assert artifacts["training-progress"] == 100
+    assert f"**{manifest.accuracy:.2%}**" in artifacts["training-report"]
+    assert artifacts["training-curves"].startswith("data:image/svg+xml;base64,")
+    assert f"{bucket.url}/runs/first/report.html" in artifacts["report-page"]
+    assert "there was no champion before" in artifacts["promotion"]
+    secret = stack.env()["AWS_SECRET_ACCESS_KEY"]
+    assert not any(secret in message for message in messages)
+    assert not any(secret in log.read_text(errors="replace") for log in (stack.folder / "logs").iterdir())
+    assert secret not in json.dumps(stack.ray("/api/jobs/"))
+
+    # In Prometheus.
+    assert {"ray_lenet_images_per_second", "ray_lenet_train_loss", "ray_lenet_held_out_accuracy"} <= metrics.keys()
+    assert metrics["ray_lenet_images_per_second"] > 100
+    assert 0 < time.time() - metrics["ray_lenet_checkpoint_timestamp_seconds"] < 600
+
+    # The champion predicts what is in the bucket, by the other deployment.
+    shards = f"source={bucket.url}/{manifest.dataset_folder}/test-*.parquet"
+    given = ["-p", shards, "-p", f"output={bucket.url}/predicted"]
+    assert "Completed" in stack.prefect("deployment", "run", "predict-lenet/predict-lenet", *given, "--watch")
+    predicted = read_manifest(open_store(f"{bucket.url}/predicted"))
+    assert predicted is not None
+    assert (predicted.images, predicted.version, predicted.unreadable) == (10_000, 1, 0)
+
+    # The same run once more does nothing again: Prefect finds its steps finished in the store.
+    before = {key: bucket.read(key) for key in bucket.keys("runs")}
+    assert "Completed" in stack.prefect(*run)
+    assert {key: bucket.read(key) for key in bucket.keys("runs")} == before
+
+
+def test_a_killed_flow_process_is_followed_by_another_that_finds_the_training(stack: Running, bucket: Store) -> None:
+    stack.prefect("deployment", "run", "train-lenet/train-lenet", "-p", "epochs=12", "-p", "run_id=killed")
+    wait_for(lambda: begun(bucket, "killed"), 200)
+    [process] = [process for process in stack.processes() if "prefect.engine" in process.cmdline()]
+    process.kill()
+    wait_for(lambda: stack.flow_run()["state_type"] == "COMPLETED", 300)
+    assert stack.flow_run()["run_count"] == 2
+    assert stack.jobs("killed") == ["SUCCEEDED"]
+    training = find_training(bucket, "killed")
+    assert training is not None
+    assert [epoch.epoch for epoch in training.history] == list(range(1, 13))
+    verify_run(bucket, "killed")
+
+
+def test_a_cancelled_flow_run_stops_its_training_and_frees_the_workers(stack: Running, bucket: Store) -> None:
+    stack.prefect("deployment", "run", "train-lenet/train-lenet", "-p", "epochs=500", "-p", "run_id=cancelled")
+    wait_for(lambda: begun(bucket, "cancelled"), 200)
+    flow_run = stack.flow_run()
+    started = time.monotonic()
+    body = {"state": {"type": "CANCELLING"}}
+    stack.ask(f"/flow_runs/{flow_run['id']}/set_state", **body)
+    wait_for(lambda: stack.jobs("cancelled") in (["FAILED"], ["STOPPED"]), 15)
+    wait_for(lambda: not _workers(stack), 15 - (time.monotonic() - started))
+    wait_for(lambda: stack.flow_run()["state_type"] == "CANCELLED", 60)
+    assert find_training(bucket, "cancelled") is None
+    assert any(key.endswith("state.safetensors") for key in bucket.keys(f"{staging('cancelled')}/ray"))
+
+
+def _workers(stack: Running) -> list[str]:
+    """Ray Train's workers that are alive."""
+    found = stack.ray("/api/v0/actors")["data"]["result"]["result"]
+    return [actor["class_name"] for actor in found if actor["state"] == "ALIVE" and "Worker" in actor["class_name"]]
 
 
 def test_up_again_says_the_same_and_starts_nothing(stack: Running) -> None:
@@ -89,7 +242,7 @@ def test_up_again_says_the_same_and_starts_nothing(stack: Running) -> None:
     after = {process.pid for process in stack.processes() if "supervisord" in " ".join(process.cmdline())}
     assert before == after
     deployments = httpx.post(f"{stack.env()['PREFECT_API_URL']}/deployments/filter", json={}).json()
-    assert sorted(deployment["name"] for deployment in deployments) == ["predict-lenet", "train-lenet"]
+    assert sorted(deployment["name"] for deployment in deployments) == ["predict-lenet", "retention", "train-lenet"]
     automations = httpx.post(f"{stack.env()['PREFECT_API_URL']}/automations/filter", json={}).json()
     assert [automation["name"] for automation in automations] == ["crash-zombie-flow-runs"]
 

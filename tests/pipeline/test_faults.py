@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
 import ray
@@ -27,6 +26,7 @@ from pipeline.source import Source
 from pipeline.storage import Store, open_store
 from pipeline.train import Training, find_training, fit, staging
 from pipeline.worker import open_learner
+from tests.conftest import wait_for
 
 # Long enough to be disturbed, and so gentle that float32's rounding does not grow.
 EPOCHS = 60
@@ -202,13 +202,6 @@ def start_driver(store: Store, run_id: str, manifest: Manifest, config: TrainCon
     given = config.model_dump(exclude_none=True)
     script = DRIVER.format(url=store.url, run_id=run_id, folder=manifest.folder, config=given)
     return subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True)
-
-
-def wait_for(condition: Callable[[], Any], seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"waited {seconds} s in vain"
-        time.sleep(0.05)
 
 
 def test_sigterm_ends_training_with_a_checkpoint_in_mid_epoch(

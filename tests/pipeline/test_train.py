@@ -31,6 +31,7 @@ from pipeline.shards import Manifest
 from pipeline.source import Source
 from pipeline.storage import Store, open_store
 from pipeline.train import find_training, fit, staging
+from tests.conftest import wait_for
 
 Splits = dict[str, tuple[Pixels, Pixels]]
 Weights = dict[str, torch.Tensor]
@@ -274,10 +275,3 @@ def processes_with(marker: str) -> list[psutil.Process]:
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue
     return found
-
-
-def wait_for(condition: Callable[[], object], seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"waited {seconds} s in vain"
-        time.sleep(0.1)
