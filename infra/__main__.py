@@ -153,7 +153,8 @@ def _wait(stack: Stack, part: str) -> None:
     while (why := _trouble(stack, part)) is not None:
         if time.monotonic() > give_up:
             log = stack.folder / "logs" / f"{part}.log"
-            raise ClusterError(f"{part}: not up after {PATIENCE_S:.0f} s ({why}); see {log}")
+            lines = log.read_text(errors="replace").strip().splitlines() or ["nothing"]
+            raise ClusterError(f"{part}: not up after {PATIENCE_S:.0f} s ({why}); {log} ends with: {lines[-1]}")
         time.sleep(0.5)
 
 

@@ -110,6 +110,8 @@ def environment(stack: Stack) -> dict[str, str]:
 def programs(stack: Stack) -> dict[str, list[str]]:
     """The command of each part."""
     node = ["--block", "--node-ip-address", "127.0.0.1", "--num-cpus", str(stack.cpus), "--disable-usage-stats"]
+    # Ray would keep 10002 to 19999 for its workers, and start nothing whose own port is among these.
+    node += ["--min-worker-port", "0", "--max-worker-port", "0"]
     agents = [
         ["--dashboard-agent-listen-port", str(stack.ray_port + 1 + place), "--metrics-export-port", str(port)]
         for place, port in enumerate(stack.metrics_ports)

@@ -226,6 +226,11 @@ def train(
     return pipeline.train.fit(store, run_id, manifest, config, config, config, on_epoch, on_now)
 
 
+def stop(config: RunConfig, run_id: str) -> bool:
+    """End a training that was submitted as a job, with a checkpoint if it leaves one in time; whether there was any."""
+    return config.by_job and pipeline.jobs.stop(open_store(config.storage), run_id, str(config.ray_address))
+
+
 def export(config: RunConfig, manifest: Manifest, training: Training) -> Exported:
     """Write the candidate in every form that is published."""
     return pipeline.evaluate.export(open_store(config.storage), _run_id(config), manifest, training)
@@ -245,10 +250,14 @@ def publish(config: RunConfig, manifest: Manifest, training: Training, evaluatio
     """
     store, run_id = open_store(config.storage), _run_id(config)
     record = read_record(store, run_id)
-    found = pipeline.registry.held_against_champion(
-        store, config, evaluation, lambda: read_predictions(store, staging(run_id), evaluation.predictions)
-    )
-    kept = store.keep(f"{staging(run_id)}/comparison.json", found.model_dump_json(indent=2).encode())
+    key = f"{staging(run_id)}/comparison.json"
+    if store.exists(key):  # and of a run published long ago, the predictions here may be gone (pipeline.retention)
+        kept = store.read(key)
+    else:
+        found = pipeline.registry.held_against_champion(
+            store, config, evaluation, lambda: read_predictions(store, staging(run_id), evaluation.predictions)
+        )
+        kept = store.keep(key, found.model_dump_json(indent=2).encode())
     comparison = Comparison.model_validate_json(kept)
     return pipeline.publish.publish(
         store, run_id, record.parameters, record.versions, record.lineage, manifest, training, evaluation, comparison
