@@ -28,6 +28,7 @@ from prefect.states import AwaitingRetry
 
 from flows.train_lenet import name_run
 from pipeline import run
+from pipeline.config import config_of
 from pipeline.errors import PipelineError
 
 log = logging.getLogger(__name__)
@@ -75,7 +76,7 @@ def stop_left(client: SyncPrefectClient, now: datetime, seen: set[UUID]) -> list
         if not SETTLED <= now - found.state.timestamp <= FORGOTTEN:
             continue
         try:
-            config = run.config_of(found.parameters, run.RunConfig)
+            config = config_of(found.parameters, run.RunConfig)
             run_id = name_run(found.parameters, found.expected_start_time, found.id)
             if run.stop(config, run_id):
                 log.info("flow run %s was cancelled and run %s still trained: stopped", found.id, run_id)

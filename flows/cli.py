@@ -21,8 +21,9 @@ from flows.predict import predict
 from flows.runs import runs
 from flows.tune import tune
 from lenet.model import LeNet, layer_table
+from pipeline.config import config_of
 from pipeline.errors import PipelineError, Terminated
-from pipeline.run import RunConfig, check, config_of, ray_ahead
+from pipeline.run import RunConfig, check, ray_ahead
 
 app = App(
     name="lenet",
@@ -72,7 +73,7 @@ QUIET_PREFECT = {
 @with_parameters(RunConfig, option)
 def train(**parameters: Any) -> None:
     """Run the whole pipeline: download, shard, train, evaluate, publish."""
-    config: RunConfig = config_of(parameters)
+    config = config_of(parameters, RunConfig)
     check(config)  # the flow does so too, but only once Prefect is up
     for name, value in QUIET_PREFECT.items():
         os.environ.setdefault(name, value)

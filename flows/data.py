@@ -13,9 +13,10 @@ from rich.table import Table
 from flows.options import DEFAULT_STORAGE, Storage, option
 from flows.parameters import with_parameters
 from pipeline.catalog import CATALOG
+from pipeline.config import config_of
 from pipeline.contact import contact_sheet, render_html, render_png
 from pipeline.errors import ConfigError, DataError
-from pipeline.run import DataConfig, config_of, prepare
+from pipeline.run import DataConfig, prepare
 from pipeline.shards import Manifest, list_manifests, verify_shards
 from pipeline.storage import Store, open_store
 

@@ -18,12 +18,12 @@ from flows.display import Display
 from flows.options import DEFAULT_STORAGE, Storage, option
 from flows.parameters import with_parameters
 from flows.runs import plain_console
+from pipeline.config import config_of
 from pipeline.errors import DataError
 from pipeline.index import INDEX, refresh_index, write_index
 from pipeline.publish import copy_run
 from pipeline.registry import DEFAULT_MODEL, find_champion, find_decision, find_place, list_models, list_versions
 from pipeline.retention import RetentionConfig
-from pipeline.run import config_of
 from pipeline.storage import open_store
 from pipeline.strays import find_strays, remove
 

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from pipeline.run import allowed
+from pipeline.config import allowed
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 

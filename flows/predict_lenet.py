@@ -10,7 +10,7 @@ from flows.parameters import with_parameters
 from flows.train_lenet import STEP
 from pipeline import batch
 from pipeline.batch import BatchReport, PredictConfig, render_batch
-from pipeline.run import config_of
+from pipeline.config import config_of
 
 
 @task(**STEP)  # as long as it takes: a job that broke off goes on where it stopped

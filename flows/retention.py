@@ -8,8 +8,8 @@ from prefect.artifacts import create_table_artifact
 
 from flows.parameters import with_parameters
 from flows.train_lenet import STEP
+from pipeline.config import config_of
 from pipeline.retention import Plan, RetentionConfig, retain
-from pipeline.run import config_of
 
 
 @task(**STEP)

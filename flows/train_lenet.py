@@ -24,6 +24,7 @@ from flows.notify import notify, on_failure
 from flows.parameters import with_parameters
 from pipeline import run
 from pipeline.checkpoint import EpochMetrics
+from pipeline.config import config_of
 from pipeline.errors import ConfigError, DataError, Terminated, TrainingError
 from pipeline.evaluate import Evaluation, Exported
 from pipeline.progress import Now
@@ -144,7 +145,9 @@ def train_lenet(**parameters: Any) -> Published:
     """Download a dataset, shard it to Parquet, train LeNet on Ray, evaluate, publish, promote the better."""
     for name in ("pipeline", "flows", "now"):
         logging.getLogger(name).setLevel(logging.INFO)
-    config = run.begin(run.config_of(parameters), name_run(parameters, flow_run.scheduled_start_time, flow_run.id))
+    config = run.begin(
+        config_of(parameters, RunConfig), name_run(parameters, flow_run.scheduled_start_time, flow_run.id)
+    )
     source = download(config)
     manifest = shard(config, source)
     training = train(config, manifest)

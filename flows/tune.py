@@ -10,7 +10,8 @@ import pipeline.run
 from flows.display import Display
 from flows.options import option
 from flows.parameters import with_parameters
-from pipeline.run import TuneRunConfig, config_of
+from pipeline.config import config_of
+from pipeline.run import TuneRunConfig
 
 SHOWN = 10
 

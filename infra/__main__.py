@@ -25,8 +25,8 @@ from supervisor.xmlrpc import SupervisorTransport
 from flows.options import option
 from flows.parameters import with_parameters
 from infra.stack import BIN, BUCKET, MARK, NODES, PARTS, ROOT, Stack, configuration, environment
+from pipeline.config import config_of
 from pipeline.errors import ClusterError, ConfigError, PipelineError, StorageError
-from pipeline.run import config_of
 from pipeline.storage import open_store
 
 PATIENCE_S = 120.0

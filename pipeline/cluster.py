@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 import joblib
+import psutil
 import ray
 import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -22,6 +23,7 @@ from pipeline.errors import ClusterError, ConfigError
 RAY_TRAIN_SETTINGS = {
     "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "120",  # give up a hung worker after 2 minutes, not 10
     "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": "120",  # and wait no longer for one that does not report, instead of for ever
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "25",  # Ray Train counts on a lost node for up to 20 s: not for 60
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",  # hear of a machine that is about to go within a second, not five
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # take in reports, and see the end, after 0.2 seconds, not two
 }
@@ -195,6 +197,17 @@ def ray_session(config: ClusterConfig) -> Iterator[bool]:
                 ray.shutdown()
 
 
+def use_interface_of_ray() -> None:
+    """Let gloo, in this process, talk by the interface whose address this host has in Ray.
+
+    It would take the address of the host's own name, which is loopback on many hosts, and nobody else would reach it.
+    """
+    mine = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(address.address == mine for address in addresses):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+
+
 def run_on_ray(config: ClusterConfig, work: Callable[[Task], Result], tasks: Iterable[Task]) -> Iterator[Result]:
     """The results in the order of the tasks, as many at work as the cluster has CPUs for.
 
@@ -202,12 +215,13 @@ def run_on_ray(config: ClusterConfig, work: Callable[[Task], Result], tasks: Ite
     """
     with ray_session(config):
         here = ray.get_runtime_context().get_node_id()
-        stay = NodeAffinitySchedulingStrategy(here, soft=False)
-        remote: Any = ray.remote(work).options(scheduling_strategy=stay)
         nodes = ray.nodes()  # type: ignore[no-untyped-call]
-        cpus = next(int(node["Resources"].get("CPU", 1)) for node in nodes if node["NodeID"] == here)
+        cpus = next(node["Resources"].get("CPU", 0) for node in nodes if node["NodeID"] == here)
+        stay = NodeAffinitySchedulingStrategy(here, soft=False)
+        # A head that offers no CPU, as is usual, would take no task that asks for one.
+        remote: Any = ray.remote(work).options(scheduling_strategy=stay, num_cpus=min(1, cpus))
         get: Callable[[Any], Result] = ray.get
-        yield from in_order(remote.remote, get, tasks, ahead=2 * cpus)
+        yield from in_order(remote.remote, get, tasks, ahead=2 * max(1, int(cpus)))
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ import logging
 import sys
 
 from pipeline import run
+from pipeline.config import config_of
 from pipeline.errors import PipelineError, Terminated
 from pipeline.jobs import require_versions
 from pipeline.shards import require_manifest
@@ -23,7 +24,7 @@ def main(argument: str) -> None:
     try:
         asked = json.loads(argument)
         require_versions(asked["versions"])
-        config = run.config_of(asked["parameters"], run.RunConfig)
+        config = config_of(asked["parameters"], run.RunConfig)
         manifest = require_manifest(open_store(config.storage), asked["dataset"])
         run.train(config, manifest)
     except PipelineError as error:

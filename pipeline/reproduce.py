@@ -5,6 +5,7 @@ import uuid
 from pydantic import BaseModel, ConfigDict
 
 from pipeline import run
+from pipeline.config import config_of
 from pipeline.errors import DataError
 from pipeline.evaluate import load_model
 from pipeline.progress import OnEpoch, OnNow
@@ -45,7 +46,7 @@ def reproduce(
     again = f"{run_id[: NAME_LENGTH - 15]}-again-{uuid.uuid4().hex[:8]}"
     given = {name: value for name, value in record.parameters.items() if name in run.RunConfig.model_fields}
     given |= {"storage": store.url, "run_id": again, "workers": training.world_size, "ray_address": ray_address}
-    config = run.begin(run.config_of(given), again)
+    config = run.begin(config_of(given, run.RunConfig), again)
     try:
         manifest = run.shard(config, run.download(config))
         second = run.train(config, manifest, on_epoch, on_now)

@@ -15,13 +15,14 @@ import ray.exceptions
 import ray.train
 from pydantic import BaseModel, ConfigDict
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch.config import _TorchBackend
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from torch import Tensor
 
 from lenet.model import LeNet, fold_standardise
 from pipeline.checkpoint import History, Position, encode_model, read_state
-from pipeline.cluster import ClusterConfig, ray_session
+from pipeline.cluster import ClusterConfig, ray_session, use_interface_of_ray
 from pipeline.collective import PATIENCE_S
 from pipeline.errors import Terminated, TrainingError
 from pipeline.lease import Hold, held
@@ -158,7 +159,7 @@ def _run_workers(
     trainer = _LeanTrainer(
         train_worker,
         train_loop_config={"job": job},
-        torch_config=TorchConfig(timeout_s=PATIENCE_S),
+        torch_config=(TorchConfig if cluster.ray_address is None else _SeveralHosts)(timeout_s=PATIENCE_S),
         local=cluster.ray_address is None,
         scaling_config=ray.train.ScalingConfig(
             num_workers=cluster.world_size,  # type: ignore[arg-type]  # annotated as of the version before
@@ -229,6 +230,20 @@ def _plain(job: Job, weights: dict[str, Tensor]) -> LeNet:
     model = job.recipe.build_model(len(job.manifest.classes), job.seed, report.pixel_mean, report.pixel_std)
     model.load_state_dict(weights)
     return fold_standardise(model)
+
+
+class _SeveralHostsBackend(_TorchBackend):
+    def on_start(self, worker_group: Any, backend_config: Any) -> None:
+        worker_group.execute(use_interface_of_ray)
+        super().on_start(worker_group, backend_config)
+
+
+class _SeveralHosts(TorchConfig):
+    """On a cluster: each worker talks to the others by the address that its host has in Ray."""
+
+    @property
+    def backend_cls(self) -> type[_SeveralHostsBackend]:
+        return _SeveralHostsBackend
 
 
 class _LeanTrainer(TorchTrainer):

@@ -16,6 +16,7 @@ from cyclopts import App, Parameter
 from textbook import tensor_loop
 
 from pipeline import run
+from pipeline.config import config_of
 from pipeline.download import SourceConfig, fetch
 from pipeline.source import SPLITS, open_source
 
@@ -60,9 +61,8 @@ def main(
 
 
 def _pipeline(store: str, workers: int, seed: int, epochs: int) -> Result:
-    config = run.config_of(
-        {"storage": store, "workers": workers, "cpus_per_worker": 0.5, "gpu": "no", "seed": seed, "epochs": epochs}
-    )
+    given = {"storage": store, "workers": workers, "cpus_per_worker": 0.5, "gpu": "no", "seed": seed, "epochs": epochs}
+    config = config_of(given, run.RunConfig)
     config = run.begin(config, f"workers-{workers}-seed-{seed}")
     last = run.train(config, run.shard(config, run.download(config)), lambda epoch: None).history[-1]
     return last.train_loss, last.train_accuracy, last.held_out_accuracy

@@ -13,6 +13,7 @@ import psutil
 import pytest
 from ray.cluster_utils import Cluster
 
+from pipeline.config import config_of
 from pipeline.publish import find_run, read_latest, verify_run
 from pipeline.storage import open_store
 from pipeline.train import find_training, staging
@@ -87,7 +88,7 @@ def test_a_damaged_shard_stops_the_command_with_one_line(tmp_path: Path) -> None
     command = Command(tmp_path)
     from pipeline import run
 
-    config = run.begin(run.config_of({"storage": str(tmp_path / "store")}), "sharded")
+    config = run.begin(config_of({"storage": str(tmp_path / "store")}, run.RunConfig), "sharded")
     run.shard(config, run.download(config))
     shard = next(tmp_path.rglob("train-00001-of-00006.parquet"))
     shard.write_bytes(shard.read_bytes()[:-1])

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from ray.cluster_utils import Cluster
 
-from pipeline.cluster import ClusterConfig, check_cluster, decide_gpu, local_resources, placeable
+from pipeline.cluster import ClusterConfig, check_cluster, decide_gpu, local_resources, placeable, run_on_ray
 from pipeline.errors import ConfigError
 
 Node = dict[str, float]
@@ -105,3 +106,15 @@ def test_this_machine_has_processors() -> None:
 def test_values_out_of_bounds_are_refused(field: str, value: object) -> None:
     with pytest.raises(ValidationError, match=re.escape(field)):
         ClusterConfig.model_validate({field: value})
+
+
+def test_work_that_stays_on_this_host_runs_on_a_head_that_offers_no_cpus() -> None:
+    head = {"num_cpus": 0, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, shutdown_at_exit=False, head_node_args=head)
+    try:
+        cluster.add_node(num_cpus=1)
+        cluster.wait_for_nodes()
+        config = ClusterConfig(workers=1, gpu="no", ray_address=cluster.address)
+        assert list(run_on_ray(config, lambda number: number + 1, range(5))) == [1, 2, 3, 4, 5]
+    finally:
+        cluster.shutdown()

@@ -6,10 +6,15 @@ from typing import Any
 import pytest
 
 from pipeline import run
+from pipeline.config import config_of as checked
 from pipeline.errors import ConfigError, DataError
-from pipeline.run import RunConfig, config_of
+from pipeline.run import RunConfig
 from pipeline.source import Source
 from pipeline.storage import open_store
+
+
+def config_of(parameters: dict[str, Any]) -> RunConfig:
+    return checked(parameters, RunConfig)
 
 
 @pytest.mark.parametrize(
