@@ -9,6 +9,7 @@
 # make accuracy  the recipes over five seeds, and what each part is worth (1 hour), into docs/accuracy.md
 # make faults kill workers, nodes and drivers 21 times (15 minutes), into docs/faults.md
 # make hosts  as root: whole runs on four hosts in network namespaces, one cut off (12 minutes), into docs/hosts.md
+# make drill  up, runs by Prefect, a schedule, ten runs at once, down: all by a script (15 minutes), into docs/stack.md
 # make gpu-check  on a machine with a GPU: compare its results with the CPU's, and print images/s
 # make parity compare with a plain PyTorch loop over seeds and worker counts (20 minutes), into docs/parity.md
 
@@ -21,7 +22,7 @@ SPACES := $(shell unshare --net --uts --mount --pid --fork true 2>&1 && command 
 NO_HOSTS := $(if $(filter none,$(SPACES)),--ignore tests/infra/test_hosts.py)
 export PYTHONWARNINGS ?= ignore
 
-.PHONY: run up status down test check format bench bench-data bench-scale bench-scaling accuracy faults hosts gpu-check parity clean
+.PHONY: run up status down test check format bench bench-data bench-scale bench-scaling accuracy faults hosts gpu-check parity drill clean
 
 run: .venv/runs
 	@$(BIN)/lenet train $(ARGS)
@@ -36,7 +37,7 @@ down: .venv/stack
 	@$(BIN)/python -m infra down $(ARGS)
 
 test: .venv/tests
-	$(BIN)/python -m pytest $(NO_HOSTS) $(ARGS)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup $(NO_HOSTS) $(ARGS)
 
 check: .venv/tests
 	$(BIN)/ruff check
@@ -67,6 +68,9 @@ faults: .venv/tests
 
 hosts: .venv/tests
 	$(BIN)/python tests/bench/hosts.py $(ARGS)
+
+drill: .venv/tests
+	$(BIN)/python -m tests.bench.stack
 
 gpu-check: .venv/tests
 	$(BIN)/python tests/bench/gpu.py

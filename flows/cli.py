@@ -22,7 +22,7 @@ from flows.runs import runs
 from flows.tune import tune
 from lenet.model import LeNet, layer_table
 from pipeline.config import config_of
-from pipeline.errors import PipelineError, Terminated
+from pipeline.errors import ConfigError, PipelineError, Terminated
 from pipeline.run import RunConfig, check, ray_ahead
 
 app = App(
@@ -93,19 +93,27 @@ def train(**parameters: Any) -> None:
 
 
 def _start_prefect() -> None:
-    """Start the ephemeral server, if there is to be one, deaf to Ctrl-C.
+    """Start the ephemeral server, if there is to be one, deaf to Ctrl-C. ConfigError when another does not answer.
 
     A terminal sends Ctrl-C to every process in the foreground. Were the server to stop too, the flow would wait for
     it, for more than a minute, to report that it was interrupted. Children inherit the blocked signal.
     """
     from prefect import get_client
+    from prefect.settings import get_current_settings
 
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         with get_client(sync_client=True) as client:
-            client.api_healthcheck()
+            trouble = client.api_healthcheck()
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    if trouble is not None:
+        raise ConfigError(
+            "PREFECT_API_URL",
+            get_current_settings().api.url,
+            f"no Prefect server answers there ({trouble})",
+            "start it, or unset the variable, and `prefect profile`, for a server that lives as long as this command",
+        )
 
 
 @app.command

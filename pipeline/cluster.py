@@ -7,6 +7,7 @@ import re
 import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future
 from typing import Annotated, Any, Literal
 
 import joblib
@@ -32,6 +33,10 @@ RAY_TRAIN_SETTINGS = {
 LOCAL_RAY_SETTINGS = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
 _connecting = threading.Lock()
 CONNECT_TIMEOUT_S = 5
+# Ray itself would try for ever to connect to an address where something else listens.
+CONNECT_PATIENCE_S = 25
+HTTP2_SETTINGS = b"\x04"
+HTTP2_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0" + HTTP2_SETTINGS + b"\0\0\0\0\0"  # as gRPC begins
 MAX_WORKERS = 10_000
 
 
@@ -141,7 +146,11 @@ def check_cluster(config: ClusterConfig) -> None:
     elif config.ray_address != "auto":
         host, _, port = config.ray_address.rpartition(":")
         try:
-            socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
+            with socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S) as connection:
+                connection.sendall(HTTP2_HELLO)
+                # A frame's type is its fourth byte, and the first frame of whoever speaks HTTP/2 is its settings.
+                if connection.recv(4)[3:] != HTTP2_SETTINGS:
+                    raise OSError("what listens there is not Ray")
         except (OSError, ValueError) as error:
             raise _no_cluster(config, error) from None
 
@@ -163,14 +172,16 @@ def ray_ahead(config: ClusterConfig) -> Iterator[None]:
             from ray.data._internal.cluster_autoscaler import get_or_create_autoscaling_coordinator  # 0.5 s to import
 
             get_or_create_autoscaling_coordinator()  # type: ignore[no-untyped-call]
+        started.set()
         ended.wait()  # Ray's processes die with the thread that started them
 
-    ended = threading.Event()
+    started, ended = threading.Event(), threading.Event()
     thread = threading.Thread(target=start, name="ray", daemon=True)
     thread.start()
     try:
         yield
     finally:
+        started.wait()  # Ray ends the whole process, without a word, when it is shut down under a call
         with _connecting:
             ray.shutdown()
         ended.set()
@@ -243,8 +254,20 @@ def _connect(config: ClusterConfig) -> None:
         cpus, gpus = int(resources["CPU"]), int(resources["GPU"])
         ray.init(address="local", num_cpus=cpus, num_gpus=gpus, include_dashboard=False, **quiet)
         return
+    # In a thread of its own: it ends with this process, if not before.
+    connecting: Future[Any] = Future()
+
+    def connect() -> None:
+        try:
+            connecting.set_result(ray.init(address=config.ray_address, **quiet))
+        except BaseException as error:  # for whoever waits to hear
+            connecting.set_exception(error)
+
+    threading.Thread(target=connect, name="connect", daemon=True).start()
     try:
-        ray.init(address=config.ray_address, **quiet)
+        connecting.result(CONNECT_PATIENCE_S)
+    except TimeoutError:
+        raise _no_cluster(config, TimeoutError(f"not within {CONNECT_PATIENCE_S} s")) from None
     except (ConnectionError, RuntimeError, ValueError) as error:
         if "Version mismatch" in str(error):
             raise ClusterError(

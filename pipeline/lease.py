@@ -102,9 +102,9 @@ class Hold:
         """Let the next one in at once."""
         self._ended.set()
         self._wake.set()
-        self._thread.join()
-        if not self.lost:
-            with contextlib.suppress(StorageError):  # it will expire
+        self._thread.join(BEAT_S)
+        if not self.lost and not self._thread.is_alive():  # it waits for a store that is away: the lease will expire
+            with contextlib.suppress(StorageError):
                 self._replace(self.lease.model_copy(update={"holder": None}))
 
     def _beat(self) -> None:
@@ -174,9 +174,12 @@ def held(store: Store, key: str, finished: Callable[[], bool]) -> Iterator[Hold 
 
 def _take(store: Store, key: str, finished: Callable[[], bool]) -> Lease | None:
     seen: bytes | None = None
-    unchanged_since = time.monotonic()
+    unchanged_since = looked = time.monotonic()
     while not finished():
         current = store.read(key) if store.exists(key) else None
+        if time.monotonic() - looked > EXPIRES_S / 2:
+            unchanged_since = time.monotonic()  # the store was away: the holder could not renew its lease either
+        looked = time.monotonic()
         lease = None if current is None else Lease.model_validate_json(current)
         if current != seen:
             if seen is None and lease is not None and lease.holder is not None:

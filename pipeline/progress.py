@@ -114,6 +114,9 @@ class _LogTeller(logging.Handler):
             self.telling.daemon = True
             self.telling.start()
 
+    def flush(self) -> None:
+        self.tell()
+
     def tell(self) -> None:
         self.telling = None
         chunk, self.waiting = self.waiting, []
@@ -193,13 +196,18 @@ def followed(store: Store, folder: str, on_epoch: OnEpoch, on_now: OnNow) -> Ite
     context = contextvars.copy_context()
     thread = threading.Thread(target=context.run, args=(follow,), name="progress", daemon=True)
     thread.start()
+    away = False
     try:
         yield
+    except StorageError:
+        away = True
+        raise
     finally:
         ended.set()
         thread.join()
-        with contextlib.suppress(StorageError):
-            listen()
+        if not away:  # every further question would wait for the store once more
+            with contextlib.suppress(StorageError):
+                listen()
     catch_up()
 
 

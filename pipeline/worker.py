@@ -165,6 +165,9 @@ def train_worker(config: dict[str, Any]) -> None:
             _save(session, position, metrics.model_dump())
     except Ended as end:
         ray.train.report(end.report)
+    finally:
+        for handler in log.handlers:
+            handler.flush()
 
 
 def _begin(job: Job) -> tuple[Session, Position]:

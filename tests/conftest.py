@@ -139,6 +139,14 @@ class S3Server:
         return True
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whatever shares a Ray, or the stack, stays in one of the processes that tests are spread over."""
+    for item in items:
+        folder, name = item.path.parent.name, item.path.stem
+        on_the_stack = folder == "infra" and name in {"test_jobs", "test_stack"}
+        item.add_marker(pytest.mark.xdist_group("stack" if on_the_stack else f"{folder}/{name}"))
+
+
 def idx_bytes(array: Pixels) -> bytes:
     """IDX as the MNIST page describes it: two zeros, type 8, number of dimensions, big-endian sizes, the bytes."""
     return struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape) + array.tobytes()

@@ -126,3 +126,15 @@ def test_a_cluster_of_two_nodes_trains_over_an_s3_server_that_restarts_meanwhile
     assert training is not None
     assert [epoch.epoch for epoch in training.history] == [1, 2, 3]
     assert training.history[2].train_loss == pytest.approx(0.82695, abs=1e-4)  # as on one node
+
+
+def test_a_prefect_server_that_is_not_there_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
+    command = Command(tmp_path)
+    command.env["PREFECT_API_URL"] = "http://127.0.0.1:9/api"
+    started = time.monotonic()
+    process = command.start("--epochs", "1")
+    out, err = process.communicate(timeout=120)
+    assert time.monotonic() - started < 60  # 12 s on two cores with nothing else to do
+    assert (process.returncode, out) == (2, "")
+    assert re.fullmatch(r"lenet: PREFECT_API_URL='http://127.0.0.1:9/api': no Prefect server answers [^\n]+\n", err), err
+    wait_for(lambda: not command.processes(), 20)

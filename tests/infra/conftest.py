@@ -1,14 +1,18 @@
-"""What the tests of the files for real clusters share: those files, read as their tools read them."""
+"""What the tests share: the files for real clusters, read as their tools read them, and a running local stack."""
 
 import os
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+
+from pipeline.storage import Store, open_store
+from tests.infra.stack import Running
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -45,3 +49,23 @@ def pods(objects: list[Object], ray: Object) -> list[Object]:
     """Every pod's specification."""
     deployments = [each["spec"] for each in objects if each["kind"] == "Deployment"]
     return [each["template"]["spec"] for each in deployments + groups(ray)]
+
+
+@pytest.fixture(scope="session")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    running = Running(tmp_path_factory.mktemp("stack"))
+    done = running.command("up", *running.options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "next:" in done.stdout
+    yield running
+    running.command("down")
+    for process in running.processes():
+        process.kill()
+
+
+@pytest.fixture
+def bucket(stack: Running, monkeypatch: pytest.MonkeyPatch) -> Store:
+    """The store of the stack."""
+    for name, value in stack.env().items():
+        monkeypatch.setenv(name, value)
+    return open_store(stack.env()["LENET_STORAGE"])

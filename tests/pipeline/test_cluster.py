@@ -1,19 +1,34 @@
 """Proves that workers are placed only where they fit, and that what does not fit is refused before any work."""
 
+import json
 import math
 import re
+import socket
+import threading
+from collections.abc import Iterator
 from fractions import Fraction
 
 import pytest
+import ray
 from hypothesis import example, given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from ray.cluster_utils import Cluster
+from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
 
-from pipeline.cluster import ClusterConfig, check_cluster, decide_gpu, local_resources, placeable, run_on_ray
-from pipeline.errors import ConfigError
+from pipeline.cluster import (
+    ClusterConfig,
+    check_cluster,
+    decide_gpu,
+    local_resources,
+    placeable,
+    ray_session,
+    run_on_ray,
+)
+from pipeline.errors import ClusterError, ConfigError
 
 Node = dict[str, float]
+KEY, NAMESPACE = b"CLUSTER_METADATA", b"cluster"  # where a head keeps what it runs
 
 NODES = st.lists(st.fixed_dictionaries({"CPU": st.integers(0, 64)}, optional={"GPU": st.integers(0, 8)}), max_size=5)
 
@@ -108,13 +123,41 @@ def test_values_out_of_bounds_are_refused(field: str, value: object) -> None:
         ClusterConfig.model_validate({field: value})
 
 
-def test_work_that_stays_on_this_host_runs_on_a_head_that_offers_no_cpus() -> None:
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    """A head that offers no CPUs, and a node with one."""
     head = {"num_cpus": 0, "include_dashboard": False}
     cluster = Cluster(initialize_head=True, shutdown_at_exit=False, head_node_args=head)
     try:
         cluster.add_node(num_cpus=1)
         cluster.wait_for_nodes()
-        config = ClusterConfig(workers=1, gpu="no", ray_address=cluster.address)
-        assert list(run_on_ray(config, lambda number: number + 1, range(5))) == [1, 2, 3, 4, 5]
+        yield cluster
     finally:
+        ray.shutdown()  # what did not connect is half connected
         cluster.shutdown()
+
+
+def test_work_that_stays_on_this_host_runs_on_a_head_that_offers_no_cpus(cluster: Cluster) -> None:
+    config = ClusterConfig(workers=1, gpu="no", ray_address=cluster.address)
+    check_cluster(config)
+    assert list(run_on_ray(config, lambda number: number + 1, range(5))) == [1, 2, 3, 4, 5]
+
+
+def test_other_versions_on_the_cluster_are_one_line(cluster: Cluster) -> None:
+    ray.init(address=cluster.address, log_to_driver=False)
+    found = json.loads(_internal_kv_get(KEY, namespace=NAMESPACE))
+    # It stays so: nothing connects to this cluster after this.
+    _internal_kv_put(KEY, json.dumps(found | {"ray_version": "2.59.0"}).encode(), namespace=NAMESPACE)
+    ray.shutdown()
+    message = r"Version mismatch: [^\n]*Ray: 2\.59\.0 [^\n]*; install the same versions on both$"
+    config = ClusterConfig(workers=1, ray_address=cluster.address)
+    with pytest.raises(ClusterError, match=message), ray_session(config):
+        pass
+
+
+def test_a_server_that_is_not_ray_is_one_line_at_once() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        threading.Thread(target=lambda: server.accept()[0].sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")).start()
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        with pytest.raises(ClusterError, match=f"^ray_address='{address}': no Ray cluster answers .*is not Ray"):
+            check_cluster(ClusterConfig(ray_address=address))

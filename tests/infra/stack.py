@@ -1,0 +1,71 @@
+"""A local stack for tests, in a folder and on ports of its own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+
+from infra.__main__ import _found
+from infra.stack import MARK
+from tests.conftest import free_ports
+
+ROOT = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
+
+
+class Running:
+    """The stack in a folder and on ports of its own, and its commands."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        prefect, dashboard, base = *free_ports(2), 15_000 + os.getpid() % 4000
+        self.options = ["--prefect-port", str(prefect), "--dashboard-port", str(dashboard)]
+        self.options += ["--s3-port", str(base), "--ray-port", str(base + 10)]
+
+    def command(self, name: str, *options: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "infra", name, "--folder", str(self.folder), *options]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+    def processes(self) -> list[psutil.Process]:
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get(MARK) == str(self.folder) and process.status() != "zombie":
+                    found.append(process)
+            except psutil.Error:
+                continue
+        return found
+
+    def prefect(self, *arguments: str) -> str:
+        """A command of Prefect's, on this stack; what it prints."""
+        env = {**os.environ, **self.env()}
+        done = subprocess.run([BIN / "prefect", *arguments], env=env, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def ask(self, path: str, **body: object) -> Any:
+        """Prefect's API."""
+        return httpx.post(f"{self.env()['PREFECT_API_URL']}{path}", json=body, timeout=30).raise_for_status().json()
+
+    def flow_run(self) -> dict[str, Any]:
+        """The flow run that began last."""
+        found: dict[str, Any] = self.ask("/flow_runs/filter", limit=1, sort="START_TIME_DESC")[0]
+        return found
+
+    def ray(self, path: str) -> Any:
+        """The API of Ray's dashboard."""
+        token = {"Authorization": f"Bearer {(self.folder / 'ray-token').read_text()}"}
+        url = f"{_found(self.folder).ray_jobs}{path}"
+        return httpx.get(url, headers=token, timeout=30).raise_for_status().json()
+
+    def jobs(self, run_id: str) -> list[str]:
+        """The state of each Ray job of a run."""
+        return [job["status"] for job in self.ray("/api/jobs/") if (job["metadata"] or {}).get("run_id") == run_id]
+
+    def env(self) -> dict[str, str]:
+        lines = (self.folder / "env").read_text().splitlines()
+        return dict(line.removeprefix("export ").split("=", 1) for line in lines)

@@ -1,0 +1,105 @@
+"""Proves pipeline/jobs.py on the stack's own Ray: what cannot work is one line, within 30 s, and a run has one job."""
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from infra.__main__ import _found
+from pipeline import jobs
+from pipeline.config import config_of
+from pipeline.errors import ClusterError, ConfigError
+from pipeline.run import RunConfig
+from pipeline.shards import Manifest
+from pipeline.storage import Store
+from pipeline.train import Training
+from tests.conftest import free_ports
+from tests.infra.stack import Running
+
+AT_MOST_S = 30
+
+
+@pytest.fixture
+def address(stack: Running, bucket: Store) -> str:
+    """Where the stack's Ray takes jobs, with its token in the environment."""
+    return _found(stack.folder).ray_jobs
+
+
+def train(store: Store, address: str, asked: dict[str, Any], run_id: str) -> Training:
+    return jobs.train_by_job(store, run_id, address, asked, lambda epoch: None, lambda now: None)
+
+
+def asked(store: Store, manifest: Manifest, run_id: str, **parameters: object) -> dict[str, Any]:
+    """What a job is asked to do, on the small splits."""
+    given = {"storage": store.url, "run_id": run_id, "epochs": 5, "global_batch_size": 64, "lr": 0.1, **parameters}
+    return jobs.request(config_of(given, RunConfig).model_dump(mode="json"), manifest.folder)
+
+
+def test_an_address_without_a_cluster_is_one_line(stack: Running, address: str) -> None:
+    [nobody] = free_ports(1)
+    for port in (nobody, _found(stack.folder).s3_port):
+        started = time.monotonic()
+        with pytest.raises(
+            ClusterError, match=rf"^ray_address='http://127.0.0.1:{port}': no Ray dashboard .*"
+        ) as caught:
+            jobs.connect(f"http://127.0.0.1:{port}")
+        assert "\n" not in str(caught.value)
+        assert time.monotonic() - started < AT_MOST_S
+
+
+def test_a_token_that_is_not_the_clusters_is_one_line(address: str, tmp_path: Path) -> None:
+    script = f"from pipeline import jobs; jobs.connect({address!r})"
+    (tmp_path / "token").write_text("0" * 64)
+    env = {**os.environ, "RAY_AUTH_TOKEN_PATH": str(tmp_path / "token")}  # read once in a process
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)
+    assert "ClusterError" in done.stderr.splitlines()[-1]
+    assert "the cluster refuses the token" in done.stderr.splitlines()[-1]
+
+
+def test_another_version_of_ray_is_one_line(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs = ray.__version__
+    monkeypatch.setattr(ray, "__version__", "2.59.0")
+    with pytest.raises(ClusterError, match=f"the cluster runs Ray {theirs} and this process 2.59.0; install the same"):
+        jobs.connect(address)
+
+
+def test_what_the_job_finds_wrong_is_raised_here(
+    bucket: Store, address: str, small_manifest: Callable[[Store], Manifest]
+) -> None:
+    manifest = small_manifest(bucket)
+    other = asked(bucket, manifest, "skewed")
+    here = other["versions"]["python"]
+    other["versions"]["python"] = "3.9.1"
+    started = time.monotonic()
+    with pytest.raises(ClusterError, match=f"^the cluster has python {here}, not 3.9.1; install the same versions"):
+        train(bucket, address, other, "skewed")
+    assert time.monotonic() - started < AT_MOST_S
+    started = time.monotonic()
+    with pytest.raises(ConfigError, match="^workers='?50'?: Ray has room for 3 on 3 CPUs"):
+        train(bucket, address, asked(bucket, manifest, "crowded", workers=50), "crowded")
+    assert time.monotonic() - started < AT_MOST_S
+
+
+def test_two_who_train_the_same_run_at_once_follow_one_job(
+    stack: Running, bucket: Store, address: str, small_manifest: Callable[[Store], Manifest]
+) -> None:
+    manifest = small_manifest(bucket)
+    found: list[Training] = []
+    request = asked(bucket, manifest, "twice")
+    threads = [
+        threading.Thread(target=lambda: found.append(train(bucket, address, request, "twice"))) for _ in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(300)
+    assert len(found) == 2
+    assert found[0] == found[1]
+    assert stack.jobs("twice") == ["SUCCEEDED"]
