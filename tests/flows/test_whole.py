@@ -136,5 +136,8 @@ def test_a_prefect_server_that_is_not_there_is_one_line_and_leaves_nothing(tmp_p
     out, err = process.communicate(timeout=120)
     assert time.monotonic() - started < 60  # 12 s on two cores with nothing else to do
     assert (process.returncode, out) == (2, "")
-    assert re.fullmatch(r"lenet: PREFECT_API_URL='http://127.0.0.1:9/api': no Prefect server answers [^\n]+\n", err), err
+    message = r"lenet: PREFECT_API_URL='http://127.0.0.1:9/api': no Prefect server answers there [^\n]+\n"
+    assert re.fullmatch(message, err), err
+        err
+    )
     wait_for(lambda: not command.processes(), 20)
