@@ -138,6 +138,4 @@ def test_a_prefect_server_that_is_not_there_is_one_line_and_leaves_nothing(tmp_p
     assert (process.returncode, out) == (2, "")
     message = r"lenet: PREFECT_API_URL='http://127.0.0.1:9/api': no Prefect server answers there [^\n]+\n"
     assert re.fullmatch(message, err), err
-        err
-    )
     wait_for(lambda: not command.processes(), 20)
