@@ -136,7 +136,8 @@ def name_run(parameters: dict[str, Any], started: datetime | None, flow_run_id: 
 def _flow_run_name() -> str:
     """Dataset, recipe and workers, as the runs' list shows them."""
     parameters = flow_run.parameters
-    return f"{parameters['dataset']} {Path(parameters['recipe']).stem} on {parameters['workers']} workers"
+    workers = f"{parameters['workers']} {'worker' if str(parameters['workers']) == '1' else 'workers'}"
+    return f"{parameters['dataset']} {Path(parameters['recipe']).stem} on {workers}"
 
 
 @flow(name="train-lenet", flow_run_name=_flow_run_name, on_failure=[on_failure])

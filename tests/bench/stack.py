@@ -21,11 +21,12 @@ import numpy as np
 
 from pipeline.download import SourceConfig, fetch
 from pipeline.errors import PipelineError
+from pipeline.progress import PROGRESS
 from pipeline.publish import verify_run
 from pipeline.registry import find_champion, list_versions
 from pipeline.source import IMAGES, LABELS, open_source
 from pipeline.storage import Store, open_store
-from pipeline.train import find_training
+from pipeline.train import find_training, staging
 from tests.conftest import idx_bytes
 from tests.infra.stack import Running
 
@@ -127,6 +128,31 @@ def scheduled(drill: Drill) -> str:
     raise RuntimeError("the schedule did not fire, or its run did not complete")
 
 
+def orphaned(drill: Drill) -> str:
+    """A machine with a Prefect worker that is gone, and the flow's process with it: nobody is left to say so."""
+    drill.run("epochs=150", "run_id=orphaned", watch=False)
+    give_up = time.monotonic() + PATIENCE_S
+    while not drill.store.keys(f"{staging('orphaned')}/{PROGRESS}"):
+        if time.monotonic() > give_up:
+            raise RuntimeError("no epoch has ended")
+        time.sleep(0.5)
+    for process in drill.running.processes():
+        if "prefect.engine" in process.cmdline() or "worker" in process.cmdline():
+            process.kill()
+    killed = time.time()
+    [run] = drill.ended(1)
+    completed(run)
+    jobs = drill.running.jobs("orphaned")
+    if run["run_count"] != 2 or jobs != ["SUCCEEDED"]:
+        raise RuntimeError(f"begun {run['run_count']} times, jobs {jobs}")
+    again = max(
+        datetime.fromisoformat(state["timestamp"]).timestamp()
+        for state in drill.running.states(run["id"])
+        if state["type"] == "RUNNING"
+    )
+    return f"found and taken up by another worker after {again - killed:.0f} s; the training went on meanwhile: one job"
+
+
 def twice(drill: Drill) -> str:
     """The same run twice, the limit on concurrency out of the way."""
     drill.limit(2)
@@ -224,6 +250,7 @@ def main() -> None:
         drill.step("a run, with `--watch`", lambda: completed(drill.run("epochs=2", "run_id=first")))
         drill.step("a run with other parameters", second)
         drill.step("a schedule, fired once", lambda: scheduled(drill))
+        drill.step("Prefect's worker and the flow's process killed", lambda: orphaned(drill))
         drill.step("the same run twice at once", lambda: twice(drill))
         drill.step(f"{AT_ONCE} runs of 600 images at once", lambda: ten(drill, few_images(folder / "few")))
         drill.step("the report, read back from S3", read_back)

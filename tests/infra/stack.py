@@ -56,6 +56,12 @@ class Running:
         found: dict[str, Any] = self.ask("/flow_runs/filter", limit=1, sort="START_TIME_DESC")[0]
         return found
 
+    def states(self, flow_run_id: str) -> list[dict[str, Any]]:
+        """All states that a flow run was in."""
+        url = f"{self.env()['PREFECT_API_URL']}/flow_run_states/"
+        found: list[dict[str, Any]] = httpx.get(url, params={"flow_run_id": flow_run_id}, timeout=30).json()
+        return found
+
     def ray(self, path: str) -> Any:
         """The API of Ray's dashboard."""
         token = {"Authorization": f"Bearer {(self.folder / 'ray-token').read_text()}"}

@@ -8,11 +8,16 @@ import signal
 import socket
 import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import httpx
+from prefect.blocks.notifications import CustomWebhookNotificationBlock
+from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.variables import Variable
 from prometheus_client.parser import text_string_to_metric_families
 
+from flows.notify import VARIABLE
 from infra.__main__ import _found
 from infra.stack import PARTS, Stack, configuration, environment, programs
 from pipeline.batch import read_manifest
@@ -144,6 +149,33 @@ def test_a_cancelled_flow_run_stops_its_training_and_frees_the_workers(stack: Ru
     wait_for(lambda: stack.flow_run()["state_type"] == "CANCELLED", 60)
     assert find_training(bucket, "cancelled") is None
     assert any(key.endswith("state.safetensors") for key in bucket.keys(f"{staging('cancelled')}/ray"))
+
+
+def test_who_wants_to_hear_of_failures_is_told(stack: Running) -> None:
+    told: list[dict[str, str]] = []
+
+    class Hook(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            told.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(200)
+            self.end_headers()
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hook)
+    threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True).start()
+    with temporary_settings({PREFECT_API_URL: stack.env()["PREFECT_API_URL"]}):
+        block = CustomWebhookNotificationBlock(
+            name="ops", url=f"http://127.0.0.1:{server.server_port}", json_data={"about": "{{subject}}: {{body}}"}
+        )
+        block.save("ops")
+        Variable.set(VARIABLE, f"{block.get_block_type_slug()}/ops")
+        try:
+            stack.prefect("deployment", "run", "train-lenet/train-lenet", "-p", "source=/nowhere", "-p", "workers=1")
+            wait_for(lambda: told, 120)
+        finally:
+            Variable.unset(VARIABLE)
+            server.shutdown()
+    assert "fashion-mnist seed on 1 worker: Failed" in told[0]["about"]
+    assert "source='/nowhere': no such folder" in told[0]["about"]
 
 
 def _workers(stack: Running) -> list[str]:
