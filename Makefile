@@ -5,6 +5,7 @@
 # make bench  measure against the textbook loop (10 minutes) and write docs/benchmarks.md
 # make bench-data  measure the data plane against others' (5 minutes), into docs/data-benchmarks.md
 # make bench-scale shard and stream 6 million images (15 minutes, 3 GB of disk), into docs/scale.md
+# make bench-evaluate  judge and publish a model, by 10,000 and by a million images (5 minutes), into docs/evaluation.md
 # make bench-scaling  images/s by workers and batch size (10 minutes), into docs/scaling.md
 # make accuracy  the recipes over five seeds, and what each part is worth (1 hour), into docs/accuracy.md
 # make faults kill workers, nodes and drivers 21 times (15 minutes), into docs/faults.md
@@ -22,7 +23,7 @@ SPACES := $(shell unshare --net --uts --mount --pid --fork true 2>&1 && command 
 NO_HOSTS := $(if $(filter none,$(SPACES)),--ignore tests/infra/test_hosts.py)
 export PYTHONWARNINGS ?= ignore
 
-.PHONY: run up status down test check format bench bench-data bench-scale bench-scaling accuracy faults hosts gpu-check parity drill clean
+.PHONY: run up status down test check format bench bench-data bench-scale bench-evaluate bench-scaling accuracy faults hosts gpu-check parity drill clean
 
 run: .venv/runs
 	@$(BIN)/lenet train $(ARGS)
@@ -56,6 +57,9 @@ bench-data: .venv/bench
 
 bench-scale: .venv/tests
 	$(BIN)/python tests/bench/scale.py
+
+bench-evaluate: .venv/tests
+	$(BIN)/python -m tests.bench.evaluation
 
 bench-scaling: .venv/tests
 	$(BIN)/python tests/bench/scaling.py

@@ -39,13 +39,14 @@ app = App(help=__doc__)
 
 @dataclass(frozen=True)
 class Deformed(Source):
-    """The training images again and again, all but the first time deformed."""
+    """The images of one split again and again, all but the first time deformed."""
 
     images: int
+    of: str = "train"
 
     def labels(self, split: str) -> np.ndarray:
         labels = super().labels(split)
-        return np.resize(labels, self.images) if split == "train" else labels
+        return np.resize(labels, self.images) if split == self.of else labels
 
     def read(self, split: str, rows: np.ndarray) -> np.ndarray:
         copy, original = np.divmod(rows, len(super().labels(split)))
