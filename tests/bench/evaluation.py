@@ -85,8 +85,8 @@ def main(
 
 Written by `make bench-evaluate` on {psutil.cpu_count()} cores, no GPU: from a trained candidate to a published run,
 imports not counted. Of the 10,000 test images the median of {len(found)}, after a first time that took
-{sum(first.values()):.1f} s (ONNX and the compiler of torch.export are imported and warmed up by it); of {images:,}, made of them by small
-deformations, one, in Ray tasks.
+{sum(first.values()):.1f} s (it imports ONNX and torch.export's compiler, and warms them up); of {images:,},
+made of them by small deformations, one, in Ray tasks.
 
 | | 10,000 images | {images:,} images |
 | --- | --- | --- |
