@@ -36,6 +36,14 @@ settings.load_profile("lenet")
 Splits = dict[str, tuple[Pixels, Pixels]]
 
 START_DEADLINE_S = 30
+RAY_TOKEN = "5" * 64  # of clusters on loopback, for the time of a test
+# Files that share what takes a minute to make.
+SHARED = {
+    "infra/test_jobs": "stack",
+    "infra/test_stack": "stack",
+    "flows/test_models": "gone on",
+    "flows/test_whole": "gone on",
+}
 SMALL = {"train": 600, "test": 200}
 SMALL_SHARD_MIB = 0.125  # 167 images
 
@@ -143,8 +151,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Whatever shares a Ray, or the stack, stays in one of the processes that tests are spread over."""
     for item in items:
         folder, name = item.path.parent.name, item.path.stem
-        on_the_stack = folder == "infra" and name in {"test_jobs", "test_stack"}
-        item.add_marker(pytest.mark.xdist_group("stack" if on_the_stack else f"{folder}/{name}"))
+        item.add_marker(pytest.mark.xdist_group(SHARED.get(f"{folder}/{name}", f"{folder}/{name}")))
 
 
 def idx_bytes(array: Pixels) -> bytes:
@@ -163,6 +170,18 @@ def free_ports(count: int) -> list[int]:
     return found
 
 
+def free_range(count: int) -> int:
+    """The first of so many ports in a row that nobody listens on, where `free_ports` looks."""
+    while True:
+        first = random.randrange(20_000, 32_000 - count)  # noqa: S311
+        for port in range(first, first + count):
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+        else:
+            return first
+
+
 def wait_for(condition: Callable[[], object], seconds: float) -> None:
     """Until something is so; a failed test when it is not, for so long."""
     deadline = time.monotonic() + seconds
@@ -175,6 +194,12 @@ def wait_for(condition: Callable[[], object], seconds: float) -> None:
 def _one_torch_thread() -> None:
     """Small tensors gain nothing from a second thread, and on a busy machine two of them wait for each other."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_ray_token() -> None:
+    """Of every Ray that tests start, the stack's too: a process reads its token once."""
+    os.environ["RAY_AUTH_TOKEN"] = RAY_TOKEN
 
 
 @pytest.fixture(autouse=True)

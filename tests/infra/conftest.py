@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from pipeline.storage import Store, open_store
+from tests.conftest import RAY_TOKEN
 from tests.infra.stack import Running
 
 ROOT = Path(__file__).parents[2]
@@ -54,6 +55,7 @@ def pods(objects: list[Object], ray: Object) -> list[Object]:
 @pytest.fixture(scope="session")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     running = Running(tmp_path_factory.mktemp("stack"))
+    (running.folder / "ray-token").write_text(RAY_TOKEN)  # up would make another
     done = running.command("up", *running.options)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "next:" in done.stdout

@@ -11,7 +11,7 @@ import psutil
 
 from infra.__main__ import _found
 from infra.stack import MARK
-from tests.conftest import free_ports
+from tests.conftest import free_ports, free_range
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -22,7 +22,8 @@ class Running:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        prefect, dashboard, base = *free_ports(2), 15_000 + os.getpid() % 4000
+        prefect, dashboard = free_ports(2)
+        base = free_range(20)
         self.options = ["--prefect-port", str(prefect), "--dashboard-port", str(dashboard)]
         self.options += ["--s3-port", str(base), "--ray-port", str(base + 10)]
 

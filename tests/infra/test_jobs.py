@@ -57,7 +57,8 @@ def test_an_address_without_a_cluster_is_one_line(stack: Running, address: str) 
 def test_a_token_that_is_not_the_clusters_is_one_line(address: str, tmp_path: Path) -> None:
     script = f"from pipeline import jobs; jobs.connect({address!r})"
     (tmp_path / "token").write_text("0" * 64)
-    env = {**os.environ, "RAY_AUTH_TOKEN_PATH": str(tmp_path / "token")}  # read once in a process
+    env = {**os.environ, "RAY_AUTH_TOKEN_PATH": str(tmp_path / "token")}
+    del env["RAY_AUTH_TOKEN"]
     done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)
     assert "ClusterError" in done.stderr.splitlines()[-1]
     assert "the cluster refuses the token" in done.stderr.splitlines()[-1]

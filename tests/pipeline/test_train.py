@@ -120,9 +120,15 @@ def full_store(tmp_path_factory: pytest.TempPathFactory, fashion_mnist: Source) 
     return store, write_shards(store, fashion_mnist, ShardConfig())
 
 
-@pytest.mark.parametrize(("loading", "worlds"), [("streaming", (1, 2, 3, 4)), ("resident", (1, 3))])
+@pytest.mark.parametrize(
+    ("loading", "worlds", "kills"),
+    [("streaming", (1, 2, 3, 4), ((2, 1), (1, 3))), ("resident", (1, 3), ((2, 1),))],
+)
 def test_one_to_four_workers_agree_after_an_epoch_of_all_60000_images_and_so_do_two_then_one_then_three(
-    full_store: tuple[Store, Manifest], loading: Literal["resident", "streaming"], worlds: tuple[int, ...]
+    full_store: tuple[Store, Manifest],
+    loading: Literal["resident", "streaming"],
+    worlds: tuple[int, ...],
+    kills: tuple[tuple[int, int], ...],
 ) -> None:
     """In mid-epoch, twice, the process that trains is killed, and another goes on with other workers."""
     store, manifest = full_store
@@ -132,7 +138,7 @@ def test_one_to_four_workers_agree_after_an_epoch_of_all_60000_images_and_so_do_
         workers: fit(store, f"{loading}-{workers}", manifest, config, ClusterConfig(workers=workers, gpu="no"), load)
         for workers in worlds
     }
-    for workers, checkpoints in ((2, 1), (1, 3)):
+    for workers, checkpoints in kills:
         kill_in_mid_epoch(store, f"{loading}-elastic", manifest, loading, workers, checkpoints)
     trainings[0] = fit(store, f"{loading}-elastic", manifest, config, ClusterConfig(workers=3, gpu="no"), load)
     one = weights(store, f"{loading}-1")
