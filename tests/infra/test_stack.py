@@ -61,6 +61,18 @@ def test_a_deployment_has_the_form_of_the_command_line_and_a_schedule_that_is_of
     assert deployment["global_concurrency_limit"]["limit"] == 1
 
 
+def test_a_schedule_that_is_switched_on_makes_runs(stack: Running) -> None:
+    name = "train-lenet/train-lenet"
+    try:
+        stack.prefect("deployment", "schedule", "create", name, "--cron", "0 3 * * *", "--timezone", "UTC")
+        scheduled = {"tags": {"all_": ["auto-scheduled"]}}
+        wait_for(lambda: stack.ask("/flow_runs/filter", flow_runs=scheduled, limit=1), 120)
+        [next_run] = stack.ask("/flow_runs/filter", flow_runs=scheduled, limit=1, sort="EXPECTED_START_TIME_ASC")
+        assert next_run["expected_start_time"][11:19] == "03:00:00"
+    finally:
+        stack.prefect("deployment", "schedule", "clear", name, "--accept-yes")
+
+
 def test_a_flow_runs_on_the_stack_and_says_so_everywhere(stack: Running, bucket: Store) -> None:
     run = ["deployment", "run", "train-lenet/train-lenet", "-p", "epochs=4", "-p", "run_id=first", "--watch"]
     metrics: dict[str, float] = {}
