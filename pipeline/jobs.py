@@ -56,8 +56,8 @@ def connect(address: str) -> Client:
         client = Client(address)
     except AuthenticationError as error:
         raise ClusterError(
-            f"ray_address={address!r}: the cluster refuses the token ({_first_line(error)}); set RAY_AUTH_MODE=token "
-            "and RAY_AUTH_TOKEN_PATH to the cluster's"
+            f"ray_address={address!r}: refuses the token ({_first_line(error)}); if a Ray dashboard listens there, set "
+            "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to its cluster's"
         ) from None
     except (ConnectionError, OSError, RuntimeError, ValueError) as error:
         raise ClusterError(

@@ -112,8 +112,8 @@ def overhead(drill: Drill, run: dict[str, Any], run_id: str) -> list[tuple[str, 
 
 
 def scheduled(drill: Drill) -> str:
-    """A schedule that fires in a quarter of a minute, and is taken away once it has."""
-    anchor = datetime.now(UTC) + timedelta(seconds=15)
+    """A schedule that fires in a minute and a half (the scheduler looks once a minute), and is taken away once it has."""
+    anchor = datetime.now(UTC) + timedelta(seconds=90)
     every = ["--interval", "86400", "--anchor-date", anchor.isoformat(), "--timezone", "UTC"]
     drill.running.prefect("deployment", "schedule", "create", DEPLOYMENT, *every)
     give_up = time.monotonic() + PATIENCE_S

@@ -44,13 +44,11 @@ def asked(store: Store, manifest: Manifest, run_id: str, **parameters: object) -
 
 def test_an_address_without_a_cluster_is_one_line(stack: Running, address: str) -> None:
     [nobody] = free_ports(1)
-    for port in (nobody, _found(stack.folder).s3_port):
+    # SeaweedFS refuses whatever is not signed.
+    for port, said in ((nobody, "no Ray dashboard answers"), (_found(stack.folder).s3_port, "refuses the token")):
         started = time.monotonic()
-        with pytest.raises(
-            ClusterError, match=rf"^ray_address='http://127.0.0.1:{port}': no Ray dashboard .*"
-        ) as caught:
+        with pytest.raises(ClusterError, match=f"^ray_address='http://127.0.0.1:{port}': {said} [^\n]+$"):
             jobs.connect(f"http://127.0.0.1:{port}")
-        assert "\n" not in str(caught.value)
         assert time.monotonic() - started < AT_MOST_S
 
 
@@ -61,7 +59,7 @@ def test_a_token_that_is_not_the_clusters_is_one_line(address: str, tmp_path: Pa
     del env["RAY_AUTH_TOKEN"]
     done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)
     assert "ClusterError" in done.stderr.splitlines()[-1]
-    assert "the cluster refuses the token" in done.stderr.splitlines()[-1]
+    assert "refuses the token" in done.stderr.splitlines()[-1]
 
 
 def test_another_version_of_ray_is_one_line(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
