@@ -147,6 +147,11 @@ class S3Server:
         return True
 
 
+def pytest_configure() -> None:
+    """One token for every Ray that tests start, the stack's too: a process reads this once, when it imports Ray."""
+    os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=RAY_TOKEN)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Whatever shares a Ray, or the stack, stays in one of the processes that tests are spread over."""
     for item in items:
@@ -194,12 +199,6 @@ def wait_for(condition: Callable[[], object], seconds: float) -> None:
 def _one_torch_thread() -> None:
     """Small tensors gain nothing from a second thread, and on a busy machine two of them wait for each other."""
     torch.set_num_threads(1)
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _one_ray_token() -> None:
-    """Of every Ray that tests start, the stack's too: a process reads its token once."""
-    os.environ["RAY_AUTH_TOKEN"] = RAY_TOKEN
 
 
 @pytest.fixture(autouse=True)

@@ -112,7 +112,7 @@ def overhead(drill: Drill, run: dict[str, Any], run_id: str) -> list[tuple[str, 
 
 
 def scheduled(drill: Drill) -> str:
-    """A schedule that fires in a minute and a half (the scheduler looks once a minute), and is taken away once it has."""
+    """A schedule that fires soon, once the scheduler, which looks every minute, has seen it; then it is taken away."""
     anchor = datetime.now(UTC) + timedelta(seconds=90)
     every = ["--interval", "86400", "--anchor-date", anchor.isoformat(), "--timezone", "UTC"]
     drill.running.prefect("deployment", "schedule", "create", DEPLOYMENT, *every)
