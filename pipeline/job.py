@@ -6,6 +6,7 @@ begun, which have to be those of this machine. What a failure says is the last l
 
 import json
 import logging
+import os
 import sys
 
 from pipeline import run
@@ -24,7 +25,9 @@ def main(argument: str) -> None:
     try:
         asked = json.loads(argument)
         require_versions(asked["versions"])
-        config = config_of(asked["parameters"], run.RunConfig)
+        # Not "auto", which finds whichever cluster was started last on this machine.
+        here = {"ray_address": os.environ["RAY_ADDRESS"]}
+        config = config_of(asked["parameters"] | here, run.RunConfig)
         manifest = require_manifest(open_store(config.storage), asked["dataset"])
         run.train(config, manifest)
     except PipelineError as error:

@@ -75,7 +75,7 @@ def connect(address: str) -> Client:
 
 def request(parameters: dict[str, Any], dataset: str) -> dict[str, Any]:
     """What a job is asked to do: the run with these parameters and the dataset in this folder, on its own cluster."""
-    return {"parameters": parameters | {"ray_address": "auto"}, "dataset": dataset, "versions": versions()}
+    return {"parameters": parameters, "dataset": dataset, "versions": versions()}
 
 
 def versions() -> dict[str, str]:

@@ -119,7 +119,7 @@ def scheduled(drill: Drill) -> str:
     give_up = time.monotonic() + PATIENCE_S
     while time.monotonic() < give_up:
         found = drill.running.ask("/flow_runs/filter", flow_runs={"tags": {"all_": ["auto-scheduled"]}}, limit=20)
-        done = [run for run in found if run["state_type"] == "COMPLETED"]
+        done = [run for run in found if run["state_type"] in ("COMPLETED", "FAILED", "CRASHED")]
         if done:
             late = datetime.fromisoformat(done[0]["start_time"]) - anchor
             drill.running.prefect("deployment", "schedule", "clear", DEPLOYMENT, "--accept-yes")
