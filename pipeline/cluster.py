@@ -230,7 +230,11 @@ def run_on_ray(config: ClusterConfig, work: Callable[[Task], Result], tasks: Ite
         cpus = next(node["Resources"].get("CPU", 0) for node in nodes if node["NodeID"] == here)
         stay = NodeAffinitySchedulingStrategy(here, soft=False)
         # A head that offers no CPU, as is usual, would take no task that asks for one.
-        remote: Any = ray.remote(work).options(scheduling_strategy=stay, num_cpus=min(1, cpus))
+
+        def call(task: Task) -> Result:  # Ray takes functions only; each of its processes keeps this one, and `work`
+            return work(task)
+
+        remote: Any = ray.remote(call).options(scheduling_strategy=stay, num_cpus=min(1, cpus))
         get: Callable[[Any], Result] = ray.get
         yield from in_order(remote.remote, get, tasks, ahead=2 * max(1, int(cpus)))
 

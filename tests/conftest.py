@@ -36,7 +36,10 @@ settings.load_profile("lenet")
 Splits = dict[str, tuple[Pixels, Pixels]]
 
 START_DEADLINE_S = 30
-RAY_TOKEN = "5" * 64  # of clusters on loopback, for the time of a test
+# One token for every Ray that tests start, on loopback, the stack's too. A process reads these when it imports Ray, and
+# the conftests of the folders below do so.
+RAY_TOKEN = "5" * 64
+os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=RAY_TOKEN)
 # Files that share what takes a minute to make.
 SHARED = {
     "infra/test_jobs": "stack",
@@ -145,11 +148,6 @@ class S3Server:
         finally:
             client.close()
         return True
-
-
-def pytest_configure() -> None:
-    """One token for every Ray that tests start, the stack's too: a process reads this once, when it imports Ray."""
-    os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=RAY_TOKEN)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

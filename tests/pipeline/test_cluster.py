@@ -143,6 +143,24 @@ def test_work_that_stays_on_this_host_runs_on_a_head_that_offers_no_cpus(cluster
     assert list(run_on_ray(config, lambda number: number + 1, range(5))) == [1, 2, 3, 4, 5]
 
 
+class Counting:
+    """Counts its calls, in each process anew."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, number: int) -> tuple[int, int]:
+        self.calls += 1
+        return number, self.calls
+
+
+def test_an_object_that_can_be_called_is_kept_from_task_to_task(cluster: Cluster) -> None:
+    config = ClusterConfig(workers=1, gpu="no", ray_address=cluster.address)
+    found = list(run_on_ray(config, Counting(), range(6)))
+    assert [number for number, _ in found] == list(range(6))
+    assert max(calls for _, calls in found) > 1  # so what it has opened is not opened for every task
+
+
 def test_other_versions_on_the_cluster_are_one_line(cluster: Cluster) -> None:
     ray.init(address=cluster.address, log_to_driver=False)
     found = json.loads(_internal_kv_get(KEY, namespace=NAMESPACE))
