@@ -9,7 +9,7 @@ not at all for the next.
 
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
 from uuid import UUID
 
@@ -50,16 +50,13 @@ def to_revive(crashed: Iterable[FlowRun], now: datetime) -> list[UUID]:
     return [
         found.id
         for found in crashed
-        if found.deployment_id is not None
-        and 1 <= found.run_count < LIVES
-        and found.state is not None
-        and SETTLED <= now - found.state.timestamp <= FORGOTTEN
+        if found.deployment_id is not None and found.run_count < LIVES and _settled(found, now)
     ]
 
 
 def revive(client: SyncPrefectClient, now: datetime) -> list[UUID]:
     """Let any worker take up what has crashed; the ids of those flow runs."""
-    ids = to_revive(_find(client, [StateType.CRASHED]), now)
+    ids = to_revive(_find(client, StateType.CRASHED), now)
     for flow_run_id in ids:
         client.set_flow_run_state(flow_run_id, AwaitingRetry(), force=True)
         log.info("flow run %s had crashed: it goes on", flow_run_id)
@@ -70,10 +67,8 @@ def stop_left(client: SyncPrefectClient, now: datetime, seen: set[UUID]) -> list
     """Stop the jobs of cancelled flow runs, each flow run looked at once and kept in `seen`; the runs that were still
     trained."""
     stopped = []
-    for found in _find(client, [StateType.CANCELLED]):
-        if found.id in seen or found.state is None or found.run_count == 0:
-            continue
-        if not SETTLED <= now - found.state.timestamp <= FORGOTTEN:
+    for found in _find(client, StateType.CANCELLED):
+        if found.id in seen or not _settled(found, now):
             continue
         try:
             config = config_of(found.parameters, run.RunConfig)
@@ -87,11 +82,18 @@ def stop_left(client: SyncPrefectClient, now: datetime, seen: set[UUID]) -> list
     return stopped
 
 
-def _find(client: SyncPrefectClient, states: Sequence[StateType]) -> list[FlowRun]:
+def _settled(found: FlowRun, now: datetime) -> bool:
+    """Whether a flow run that has begun came into its state a while ago, but not long ago."""
+    if found.state is None or found.run_count < 1:
+        return False
+    return SETTLED <= now - found.state.timestamp <= FORGOTTEN
+
+
+def _find(client: SyncPrefectClient, state: StateType) -> list[FlowRun]:
     return client.read_flow_runs(
         flow_run_filter=FlowRunFilter(
             tags=FlowRunFilterTags(all_=[TAG]),
-            state=FlowRunFilterState(type=FlowRunFilterStateType(any_=list(states))),
+            state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[state])),
         ),
         sort=FlowRunSort.START_TIME_DESC,
         limit=100,

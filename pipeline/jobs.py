@@ -10,8 +10,6 @@ import json
 import logging
 import platform
 import shlex
-import signal
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,7 +25,7 @@ from pipeline.errors import ClusterError, PipelineError, Terminated, TrainingErr
 from pipeline.lease import ask_to_stop
 from pipeline.progress import OnEpoch, OnNow, followed
 from pipeline.storage import Store, sha256
-from pipeline.train import Training, find_training, staging
+from pipeline.train import Training, find_training, on_sigterm, staging
 from pipeline.worker import lease_key
 
 log = logging.getLogger(__name__)
@@ -192,22 +190,18 @@ def _wait(client: Client, job: str) -> JobStatus | None:
 def _stopped_with_us(client: Client, store: Store, run_id: str, job: str) -> Iterator[None]:
     """A job that nobody waits for any more is stopped, with a checkpoint if it leaves one in time."""
 
-    def terminate(*_: object) -> None:
+    def terminate() -> None:
         raise Terminated
 
-    here = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, terminate) if here else None
-    try:
-        yield
-    except ClusterError:
-        raise
-    except BaseException:
-        with contextlib.suppress(requests.RequestException, RuntimeError, PipelineError):
-            _stop(client, store, run_id, job)
-        raise
-    finally:
-        if here:
-            signal.signal(signal.SIGTERM, before)
+    with on_sigterm(terminate):
+        try:
+            yield
+        except ClusterError:
+            raise
+        except BaseException:
+            with contextlib.suppress(requests.RequestException, RuntimeError, PipelineError):
+                _stop(client, store, run_id, job)
+            raise
 
 
 def _stop(client: Client, store: Store, run_id: str, job: str) -> None:

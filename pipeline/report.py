@@ -86,11 +86,6 @@ def render_html(report: Report, mistakes: list[Pixels]) -> str:
     """
     evaluation = report.evaluation
     pictures = [Picture(m, _png(pixels)) for m, pixels in zip(evaluation.mistakes, mistakes, strict=True)]
-    held_out = report.history[-1].held_out
-    accuracies = {
-        "train accuracy": ("train_accuracy", ORANGE),
-        f"{held_out} accuracy": ("held_out_accuracy", GREEN),
-    }
     return render_page(
         "report.html.j2",
         report=report,
@@ -100,7 +95,7 @@ def render_html(report: Report, mistakes: list[Pixels]) -> str:
         # Drawn from numbers and labels of our own, so there is nothing to escape.
         curves=[
             Markup(draw_curves(report.history, {"train loss": ("train_loss", BLUE)}, top=None)),  # noqa: S704
-            Markup(draw_curves(report.history, accuracies, top=1)),  # noqa: S704
+            Markup(_draw_accuracies(report.history)),  # noqa: S704
         ],
         reliability=Markup(draw_reliability(evaluation.calibration)),  # noqa: S704
         pictures=pictures,
@@ -122,12 +117,8 @@ def render_events(history: History) -> bytes:
 
 def curves_image(history: History) -> str:
     """The accuracies by epoch as a picture of its own, in a data URI."""
-    curves = {
-        "train accuracy": ("train_accuracy", ORANGE),
-        f"{history[-1].held_out} accuracy": ("held_out_accuracy", GREEN),
-    }
     # A page's ink is not known to a picture in it: grey reads on light and on dark.
-    svg = draw_curves(history, curves, top=1).replace("<svg ", f'<svg xmlns="{SVG}" color="{GREY}" ', 1)
+    svg = _draw_accuracies(history).replace("<svg ", f'<svg xmlns="{SVG}" color="{GREY}" ', 1)
     return "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
 
 
@@ -149,6 +140,14 @@ def render_summary(run_id: str, training: Training, evaluation: Evaluation) -> s
 | Workers | {training.world_size} on {training.device} |
 | Training time | {training.wall_seconds:.0f} s |
 """
+
+
+def _draw_accuracies(history: History) -> str:
+    curves = {
+        "train accuracy": ("train_accuracy", ORANGE),
+        f"{history[-1].held_out} accuracy": ("held_out_accuracy", GREEN),
+    }
+    return draw_curves(history, curves, top=1)
 
 
 def _png(pixels: Pixels) -> str:

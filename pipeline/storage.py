@@ -102,10 +102,7 @@ class Store:
 
     def keys(self, prefix: str) -> list[str]:
         """All keys under the folder `prefix`, sorted; none when it does not exist."""
-        with self._explained(prefix):
-            found = self.fs.find(self.path(prefix), detail=True)
-        # SeaweedFS lists a folder that has been emptied.
-        return sorted(path.removeprefix(self.root + "/") for path, info in found.items() if info["type"] == "file")
+        return sorted(self.listing(prefix))
 
     def listing(self, prefix: str) -> dict[str, "Listed"]:
         """All files under the folder `prefix`, those of writers that were killed too, at the cost of a listing."""
@@ -114,7 +111,7 @@ class Store:
         return {
             path.removeprefix(self.root + "/"): Listed(info["size"], _written(info))
             for path, info in found.items()
-            if info["type"] == "file"
+            if info["type"] == "file"  # SeaweedFS lists a folder that has been emptied
         }
 
     def modified(self, key: str) -> datetime:

@@ -6,7 +6,7 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -106,7 +106,8 @@ def _train(
 ) -> None:
     """What `fit` does as the run's one writer. Nothing is left when another process has taken over meanwhile."""
     started = time.perf_counter()
-    with ray_session(cluster) as gpu, _sigterm_stops(hold):
+    # The workers, wherever they are, then end with a checkpoint.
+    with ray_session(cluster) as gpu, on_sigterm(hold.ask_stop):
         job = Job(
             store_url=store.url,
             folder=staging(run_id),
@@ -195,12 +196,12 @@ def _run_workers(
 
 
 @contextlib.contextmanager
-def _sigterm_stops(hold: Hold) -> Iterator[None]:
-    """While the block runs, SIGTERM asks the workers, wherever they are, to end with a checkpoint."""
+def on_sigterm(act: Callable[[], None]) -> Iterator[None]:
+    """While the block runs, SIGTERM does this; nothing new where Python hears no signals, outside the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, lambda *_: hold.ask_stop())
+    before = signal.signal(signal.SIGTERM, lambda *_: act())
     try:
         yield
     finally:

@@ -27,7 +27,7 @@ from pipeline.registry import find_champion, list_versions
 from pipeline.source import IMAGES, LABELS, open_source
 from pipeline.storage import Store, open_store
 from pipeline.train import find_training, staging
-from tests.conftest import idx_bytes
+from tests.conftest import idx_bytes, wait_for
 from tests.infra.stack import Running
 
 DEPLOYMENT = "train-lenet/train-lenet"
@@ -132,11 +132,7 @@ def scheduled(drill: Drill) -> str:
 def orphaned(drill: Drill) -> str:
     """A machine with a Prefect worker that is gone, and the flow's process with it: nobody is left to say so."""
     drill.run("epochs=150", "run_id=orphaned", watch=False)
-    give_up = time.monotonic() + PATIENCE_S
-    while not drill.store.keys(f"{staging('orphaned')}/{PROGRESS}"):
-        if time.monotonic() > give_up:
-            raise RuntimeError("no epoch has ended")
-        time.sleep(0.5)
+    wait_for(lambda: drill.store.keys(f"{staging('orphaned')}/{PROGRESS}"), PATIENCE_S)
     for process in drill.running.processes():
         if "prefect.engine" in process.cmdline() or "worker" in process.cmdline():
             process.kill()

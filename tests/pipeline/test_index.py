@@ -6,7 +6,6 @@ import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
-from html.parser import HTMLParser
 from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
@@ -22,6 +21,7 @@ from pipeline.publish import Headline, RunManifest
 from pipeline.registry import promote, promote_by_hand, register, roll_back
 from pipeline.storage import Store, open_store
 from pipeline.strays import find_strays
+from tests.pipeline.conftest import Page
 
 if TYPE_CHECKING:
     from tests.pipeline.conftest import Receipts
@@ -44,24 +44,6 @@ def announce(
     store.create(f"runs/{run_id}/report.html", b"<!doctype html><title>a report</title>")
     store.create(f"runs/{run_id}/manifest.json", run.model_dump_json().encode())
     return run_id
-
-
-class Page(HTMLParser):
-    """The tags, links and text of a page."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self.feed(html)
-        self.text = " ".join(self.text.split())
-        self.links = [attributes["href"] or "" for tag, attributes in self.tags if tag == "a"]
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_data(self, data: str) -> None:
-        self.text += f" {data}"
 
 
 def index(store: Store) -> Page:

@@ -4,7 +4,6 @@ import re
 import subprocess
 import sys
 from datetime import UTC, datetime, timedelta, timezone
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
@@ -17,6 +16,7 @@ from pipeline.metrics import CalibrationBin, ClassMetrics, Confusion, Interval, 
 from pipeline.probe import Robustness, Speed
 from pipeline.promotion import Comparison
 from pipeline.report import DatasetFacts, LayerFacts, Report, render_html
+from tests.pipeline.conftest import Page
 
 HOSTILE = ['<script>alert(1)</script>', '"><img src=x onerror=alert(1)>', "{{ 7 * 7 }}'&"]  # fmt: skip
 PIXELS = [np.arange(784, dtype=np.uint8).reshape(28, 28)]
@@ -59,23 +59,6 @@ def a_report(names: list[str] | None = None, text: str = "r1", homepage: str = "
         world_size=2, device="cpu", training_seconds=84.4, evaluation=evaluation, comparison=comparison,
         versions={"torch": "2", text: text}, lineage={"lock": "9" * 64, text: text},
     )  # fmt: skip
-
-
-class Page(HTMLParser):
-    """The tags, attributes and text of a page."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self.feed(html)
-        self.text = " ".join(self.text.split())
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_data(self, data: str) -> None:
-        self.text += f" {data}"
 
 
 def test_the_page_holds_the_run_in_numbers() -> None:
