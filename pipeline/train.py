@@ -131,10 +131,11 @@ def _train(
         except TrainingError:
             if not hold.lost:
                 raise
-        if hold.lost:
+        ended = _ended(store, run_id) if position.epoch <= job.recipe.epochs else {}
+        if hold.lost or "fenced" in ended:
             return
         if position.epoch <= job.recipe.epochs:
-            raise _unfinished(store, run_id, job, position)
+            raise _unfinished(ended, job, position)
     candidate = encode_model(_plain(job, weights))
     digest = sha256(candidate)
     # Named by content: two attempts, perhaps on other workers, that end at the same time do not overwrite each other.
@@ -208,20 +209,27 @@ def on_sigterm(act: Callable[[], None]) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _unfinished(store: Store, run_id: str, job: Job, position: Position) -> BaseException:
-    """Why training has ended before its last epoch: what its last report says."""
+def _ended(store: Store, run_id: str) -> dict[str, Any]:
+    """The last report of a training that has ended before its last epoch."""
     key = f"{staging(run_id)}/{ENDED}"
-    ended = json.loads(store.read(key)) if store.exists(key) else {}
-    if "diverged" not in ended:
+    found: dict[str, Any] = json.loads(store.read(key)) if store.exists(key) else {}
+    return found
+
+
+def _unfinished(ended: dict[str, Any], job: Job, position: Position) -> BaseException:
+    """Why training has ended before its last epoch."""
+    if "stopped" in ended:
         return Terminated()
-    what = ended["diverged"]
     kept = (
         f"after step {position.step} of epoch {position.epoch}" if position.step else f"of epoch {position.epoch - 1}"
     )
+    kept = f"the last good checkpoint is {kept if position.history or position.step else 'none'}"
+    if "diverged" not in ended:
+        return TrainingError(f"Ray Train has ended before the last epoch without a reason; {kept}; run it again")
+    what = ended["diverged"]
     return TrainingError(
         f"the loss became infinite or undefined at step {what['step']} of epoch {what['epoch']} on rank "
-        f"{', '.join(map(str, what['ranks']))} with lr={job.recipe.lr:g}; the last good checkpoint is "
-        f"{kept if position.history or position.step else 'none'}; lower lr"
+        f"{', '.join(map(str, what['ranks']))} with lr={job.recipe.lr:g}; {kept}; lower lr"
     )
 
 

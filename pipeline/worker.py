@@ -168,6 +168,7 @@ def train_worker(config: dict[str, Any]) -> None:
     finally:
         for handler in log.handlers:
             handler.flush()
+    _wait_until_taken_in()
 
 
 def _begin(job: Job) -> tuple[Session, Position]:
@@ -351,6 +352,17 @@ def _save(session: Session, position: Position, metrics: dict[str, Any]) -> None
         checkpoint_upload_fn=upload,
         delete_local_checkpoint_after_upload=False,
     )
+
+
+def _wait_until_taken_in() -> None:
+    """Return when Ray Train has all reports of this rank.
+
+    It asks a worker for a report first and whether it still runs then: what is reported between the two, by a worker
+    that ends there, would be lost, and training over without its last epoch.
+    """
+    context = get_train_context()
+    context.checkpoint_upload_threadpool.shutdown()
+    context.execution_context.result_queue.join()
 
 
 def _preempted() -> bool:

@@ -48,6 +48,15 @@ class Running:
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
+    def run(self, name: str, *parameters: str) -> None:
+        """A deployment's flow, to its end; a failed test with all that was logged when it does not complete."""
+        given = [word for parameter in parameters for word in ("-p", parameter)]
+        said = self.prefect("deployment", "run", f"{name}/{name}", *given, "--watch")
+        if "Completed" not in said:
+            wanted = {"flow_run_id": {"any_": [self.flow_run()["id"]]}}
+            logs = self.ask("/logs/filter", logs=wanted, limit=200, sort="TIMESTAMP_ASC")
+            raise AssertionError("\n".join([said, *(f"{line['timestamp']} {line['message']}" for line in logs)]))
+
     def ask(self, path: str, **body: object) -> Any:
         """Prefect's API."""
         return httpx.post(f"{self.env()['PREFECT_API_URL']}{path}", json=body, timeout=30).raise_for_status().json()

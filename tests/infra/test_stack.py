@@ -74,14 +74,13 @@ def test_a_schedule_that_is_switched_on_makes_runs(stack: Running) -> None:
 
 
 def test_a_flow_runs_on_the_stack_and_says_so_everywhere(stack: Running, bucket: Store) -> None:
-    run = ["deployment", "run", "train-lenet/train-lenet", "-p", "epochs=4", "-p", "run_id=first", "--watch"]
     metrics: dict[str, float] = {}
     ended = threading.Event()
     ports = _found(stack.folder).metrics_ports
     scraper = threading.Thread(target=scrape, args=(ports, metrics, ended))
     scraper.start()
     try:
-        assert "Completed" in stack.prefect(*run)
+        stack.run("train-lenet", "epochs=4", "run_id=first")
     finally:
         ended.set()
         scraper.join()
@@ -122,16 +121,15 @@ def test_a_flow_runs_on_the_stack_and_says_so_everywhere(stack: Running, bucket:
     assert 0 < time.time() - metrics["ray_lenet_checkpoint_timestamp_seconds"] < 600
 
     # The champion predicts what is in the bucket, by the other deployment.
-    shards = f"source={bucket.url}/{manifest.dataset_folder}/test-*.parquet"
-    given = ["-p", shards, "-p", f"output={bucket.url}/predicted"]
-    assert "Completed" in stack.prefect("deployment", "run", "predict-lenet/predict-lenet", *given, "--watch")
+    shards = f"{bucket.url}/{manifest.dataset_folder}/test-*.parquet"
+    stack.run("predict-lenet", f"source={shards}", f"output={bucket.url}/predicted")
     predicted = read_manifest(open_store(f"{bucket.url}/predicted"))
     assert predicted is not None
     assert (predicted.images, predicted.version, predicted.unreadable) == (10_000, 1, 0)
 
     # The same run once more does nothing again: Prefect finds its steps finished in the store.
     before = {key: bucket.read(key) for key in bucket.keys("runs")}
-    assert "Completed" in stack.prefect(*run)
+    stack.run("train-lenet", "epochs=4", "run_id=first")
     assert {key: bucket.read(key) for key in bucket.keys("runs")} == before
 
 

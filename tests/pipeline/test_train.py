@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import psutil
@@ -15,8 +15,10 @@ import pytest
 import ray
 import safetensors.torch
 import torch
+from ray.train.v2._internal.execution.worker_group.thread_runner import ThreadRunner
 from torch.nn import functional as F
 
+import pipeline.train
 from lenet.recipe import RECIPES
 from lenet.step import evaluate_step, metrics_of
 from pipeline.checkpoint import FILE_NAME, EpochMetrics, decode_model
@@ -31,6 +33,7 @@ from pipeline.shards import Manifest
 from pipeline.source import Source
 from pipeline.storage import Store, open_store
 from pipeline.train import find_training, fit, staging
+from pipeline.worker import train_worker
 from tests.conftest import wait_for
 
 Splits = dict[str, tuple[Pixels, Pixels]]
@@ -223,6 +226,27 @@ def test_a_worker_killed_in_epoch_2_changes_nothing(
     assert [epoch.epoch for epoch in training.history] == list(range(1, 13))
     for name, value in weights(small_store, "worker-killed").items():
         assert torch.equal(value, undisturbed[name]), name
+
+
+def looked_at_slowly(config: dict[str, Any]) -> None:
+    """The worker, in a process that Ray Train finds running, or not, a while after it has asked for a report."""
+    is_running = ThreadRunner.is_running
+
+    def late(runner: ThreadRunner) -> bool:
+        time.sleep(1)
+        return is_running(runner)
+
+    ThreadRunner.is_running = late  # type: ignore[method-assign]
+    train_worker(config)
+
+
+def test_a_worker_that_ends_right_after_its_last_report_is_heard(
+    full_store: tuple[Store, Manifest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline.train, "train_worker", looked_at_slowly)
+    config = TrainConfig(epochs=2)  # each longer than a look
+    training = fit(full_store[0], "late", full_store[1], config, ClusterConfig(workers=1, gpu="no"), LoadConfig())
+    assert [epoch.epoch for epoch in training.history] == [1, 2]
 
 
 def test_standardised_training_gives_a_model_for_plain_pixels(
