@@ -27,6 +27,7 @@ RAY_TRAIN_SETTINGS = {
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "25",  # Ray Train counts on a lost node for up to 20 s: not for 60
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",  # hear of a machine that is about to go within a second, not five
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # take in reports, and see the end, after 0.2 seconds, not two
+    "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",  # the control loop is of this process, and its log ours
 }
 
 # A local Ray is not preempted: its watcher would take 2 s of a core to start, before the first step.
@@ -157,21 +158,14 @@ def check_cluster(config: ClusterConfig) -> None:
 
 @contextlib.contextmanager
 def ray_ahead(config: ClusterConfig) -> Iterator[None]:
-    """Start a local Ray, if one is to be started at all, in the background; `ray_session` then finds it running.
-
-    So is an actor that Ray Train asks for room, and would start, for 2 s, while nothing else goes on.
-    """
+    """Start a local Ray, if one is to be started at all, in the background; `ray_session` then finds it running."""
     if config.ray_address is not None:
         yield
         return
 
     def start() -> None:
-        with contextlib.suppress(Exception):  # ray_session will try again, and say what is wrong
-            with _connecting:
-                _connect(config)
-            from ray.data._internal.cluster_autoscaler import get_or_create_autoscaling_coordinator  # 0.5 s to import
-
-            get_or_create_autoscaling_coordinator()  # type: ignore[no-untyped-call]
+        with contextlib.suppress(Exception), _connecting:  # ray_session will try again, and say what is wrong
+            _connect(config)
         started.set()
         ended.wait()  # Ray's processes die with the thread that started them
 

@@ -14,15 +14,11 @@ from typing import Any
 import ray.exceptions
 import ray.train
 from pydantic import BaseModel, ConfigDict
-from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.torch.config import _TorchBackend
-from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
-from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from torch import Tensor
 
 from lenet.model import LeNet, fold_standardise
 from pipeline.checkpoint import History, Position, encode_model, read_state
-from pipeline.cluster import ClusterConfig, ray_session, use_interface_of_ray
+from pipeline.cluster import ClusterConfig, ray_session
 from pipeline.collective import PATIENCE_S
 from pipeline.errors import Terminated, TrainingError
 from pipeline.lease import Hold, held
@@ -31,6 +27,7 @@ from pipeline.progress import ENDED, OnEpoch, OnNow, WriteProgress, followed
 from pipeline.recipe import TrainConfig
 from pipeline.shards import Manifest
 from pipeline.storage import Store, sha256
+from pipeline.trainer import Trainer
 from pipeline.worker import RAY_FOLDER, Job, lease_key, train_worker
 
 log = logging.getLogger(__name__)
@@ -158,11 +155,11 @@ def _run_workers(
     store: Store, run_id: str, job: Job, cluster: ClusterConfig, gpu: bool
 ) -> tuple[dict[str, Tensor], Position]:
     """Run Ray Train to its end; the weights and the position of the last checkpoint."""
-    trainer = _LeanTrainer(
+    trainer = Trainer(
         train_worker,
         train_loop_config={"job": job},
-        torch_config=(TorchConfig if cluster.ray_address is None else _SeveralHosts)(timeout_s=PATIENCE_S),
         local=cluster.ray_address is None,
+        timeout_s=PATIENCE_S,
         scaling_config=ray.train.ScalingConfig(
             num_workers=cluster.world_size,  # type: ignore[arg-type]  # annotated as of the version before
             elastic_resize_monitor_interval_s=RESIZE_S,  # type: ignore[call-arg]
@@ -179,18 +176,11 @@ def _run_workers(
             callbacks=[WriteProgress(store, staging(run_id))],  # type: ignore[list-item]
         ),
     )
-    interrupt = signal.getsignal(signal.SIGINT)
     try:
         checkpoint = trainer.fit().checkpoint
-    except SystemExit:
-        # Ray Train answers Ctrl-C by stopping its workers and leaving with exit code 0: not a success to us.
-        raise KeyboardInterrupt from None
     except ray.train.TrainingFailedError as error:
         store.check_writable()  # a store that went away is the likelier cause, and its error says so
         raise TrainingError(f"training failed {MAX_FAILURES + 1} times, at last with: {_cause(error)}") from error
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, interrupt)
     if checkpoint is None:
         return {}, Position()
     return read_state(store.read(job.state_key(Path(checkpoint.path).name)))
@@ -239,37 +229,6 @@ def _plain(job: Job, weights: dict[str, Tensor]) -> LeNet:
     model = job.recipe.build_model(len(job.manifest.classes), job.seed, report.pixel_mean, report.pixel_std)
     model.load_state_dict(weights)
     return fold_standardise(model)
-
-
-class _SeveralHostsBackend(_TorchBackend):
-    def on_start(self, worker_group: Any, backend_config: Any) -> None:
-        worker_group.execute(use_interface_of_ray)
-        super().on_start(worker_group, backend_config)
-
-
-class _SeveralHosts(TorchConfig):
-    """On a cluster: each worker talks to the others by the address that its host has in Ray."""
-
-    @property
-    def backend_cls(self) -> type[_SeveralHostsBackend]:
-        return _SeveralHostsBackend
-
-
-class _LeanTrainer(TorchTrainer):
-    """Without the actors that have nothing to do here: each takes 2 s of a core to start, before the first step."""
-
-    def __init__(self, *args: Any, local: bool, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.local = local
-
-    def _create_default_callbacks(self) -> list[Any]:
-        # Ray Data's manager serves datasets, and there are none. The cleaner frees the workers' places when the
-        # controller has died, which on a local Ray goes down with this process.
-        idle: tuple[type, ...] = (DatasetsCallback,)
-        if self.local:
-            idle += (PlacementGroupCleanerCallback,)
-        callbacks = super()._create_default_callbacks()  # type: ignore[misc]
-        return [callback for callback in callbacks if not isinstance(callback, idle)]
 
 
 def _cause(error: BaseException) -> str:

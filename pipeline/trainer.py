@@ -1,0 +1,95 @@
+"""Ray Train as it is used here: what it does beside the training, a small model would wait for.
+
+The control loop runs in this process, not in an actor of its own. As an actor it would first import PyTorch, 4 to 6 s
+of a core, before any worker is asked for; it would live no longer than this process either.
+"""
+
+import asyncio
+from typing import Any
+
+import ray
+from ray.train import Result
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch.config import _TorchBackend
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.execution.controller import TrainController
+from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
+from ray.train.v2._internal.execution.worker_group import WorkerGroup
+
+from pipeline.cluster import use_interface_of_ray
+
+
+class Trainer(TorchTrainer):
+    """Trains on a local Ray, or on a cluster whose hosts may be several."""
+
+    def __init__(self, *args: Any, local: bool, timeout_s: int, **kwargs: Any) -> None:
+        super().__init__(*args, torch_config=(TorchConfig if local else _SeveralHosts)(timeout_s=timeout_s), **kwargs)
+        self.local = local
+
+    def _create_default_callbacks(self) -> list[Any]:
+        # Each starts an actor, 2 s of a core. Ray Data's manager serves datasets, and there are none; the cleaner frees
+        # the workers' places when the control loop has died, which Ray does by itself when this process has.
+        callbacks = super()._create_default_callbacks()  # type: ignore[misc]
+        idle = (DatasetsCallback, PlacementGroupCleanerCallback)
+        return [callback for callback in callbacks if not isinstance(callback, idle)]
+
+    def _initialize_and_run_controller(self, scaling_policy: Any, **asked: Any) -> Result:
+        if self.local and isinstance(scaling_policy, FixedScalingPolicy):
+            scaling_policy = _NothingToScale(scaling_policy.scaling_config)
+        controller = _Controller(scaling_policy=scaling_policy, **asked)
+        try:
+            asyncio.run(controller.run())  # type: ignore[no-untyped-call]
+        except BaseException:
+            if workers := controller.get_worker_group():
+                workers.abort()  # type: ignore[no-untyped-call]
+            raise
+        result: Result = controller.get_result()
+        return result
+
+
+class _Workers(WorkerGroup):
+    def _init_train_context_on_workers(self, workers: Any, sync_actor: Any, train_context_args: Any) -> None:
+        # As Ray Train's own, but that the workers have no handle of the control loop, of which they would ask for the
+        # checkpoints of before: it is no actor.
+        ray.get([
+            worker.actor.init_train_context.remote(
+                train_run_context=self._train_run_context,
+                distributed_context=worker.distributed_context,
+                synchronization_actor=sync_actor,
+                storage_context=self._storage_context,
+                worker_callbacks=self._worker_callbacks_to_propagate,
+                controller_actor=None,
+                **{name: values[number] for name, values in train_context_args.items()},
+            )
+            for number, worker in enumerate(workers)
+        ])  # fmt: skip
+        self._decorate_worker_log_file_paths(workers)
+
+
+class _Controller(TrainController):
+    worker_group_cls = _Workers
+
+
+class _NothingToScale(FixedScalingPolicy):
+    """Asks nobody for machines: there is this one. Asking would start an actor, 2 s of a core."""
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        pass
+
+    def _maybe_send_resource_request(self) -> None:
+        pass
+
+
+class _SeveralHostsBackend(_TorchBackend):
+    def on_start(self, worker_group: Any, backend_config: Any) -> None:
+        worker_group.execute(use_interface_of_ray)
+        super().on_start(worker_group, backend_config)
+
+
+class _SeveralHosts(TorchConfig):
+    """On a cluster: each worker talks to the others by the address that its host has in Ray."""
+
+    @property
+    def backend_cls(self) -> type[_SeveralHostsBackend]:
+        return _SeveralHostsBackend
