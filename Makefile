@@ -38,7 +38,7 @@ down: .venv/stack
 	@$(BIN)/python -m infra down $(ARGS)
 
 test: .venv/tests
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup $(NO_HOSTS) $(ARGS)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(NO_HOSTS) $(ARGS)
 
 check: .venv/tests
 	$(BIN)/ruff check

@@ -13,6 +13,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import botocore.config
 import botocore.exceptions
@@ -21,6 +22,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import settings
+from xdist.scheduler import LoadFileScheduling
 
 from pipeline.download import SourceConfig, fetch
 from pipeline.idx import Pixels
@@ -42,10 +44,10 @@ RAY_TOKEN = "5" * 64
 os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=RAY_TOKEN)
 # Files that share what takes a minute to make.
 SHARED = {
-    "infra/test_jobs": "stack",
-    "infra/test_stack": "stack",
-    "flows/test_models": "gone on",
-    "flows/test_whole": "gone on",
+    "tests/infra/test_jobs.py": "stack",
+    "tests/infra/test_stack.py": "stack",
+    "tests/flows/test_models.py": "gone on",
+    "tests/flows/test_whole.py": "gone on",
 }
 SMALL = {"train": 600, "test": 200}
 SMALL_SHARD_MIB = 0.125  # 167 images
@@ -150,11 +152,19 @@ class S3Server:
         return True
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whatever shares a Ray, or the stack, stays in one of the processes that tests are spread over."""
-    for item in items:
-        folder, name = item.path.parent.name, item.path.stem
-        item.add_marker(pytest.mark.xdist_group(SHARED.get(f"{folder}/{name}", f"{folder}/{name}")))
+class _ByFile(LoadFileScheduling):
+    """The tests of a file, and of files that share something, stay in one of the processes that tests are spread over.
+
+    xdist's own groups by a mark do nothing with pytest 9: it reads them from a name that pytest keeps no more.
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return SHARED.get(file, file)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadFileScheduling:
+    return _ByFile(config, log)
 
 
 def idx_bytes(array: Pixels) -> bytes:
