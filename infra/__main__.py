@@ -47,6 +47,10 @@ def up(stack: Stack) -> None:
     if _supervisor(stack) is None:
         _require_free_ports(stack)
         (stack.folder / SETTINGS).write_text(stack.model_dump_json(indent=2))
+        # What this shell has of another cluster's, a token or a profile, would go before the stack's own.
+        theirs = {
+            name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "RAY_", "PREFECT_"))
+        }
         own = {
             **environment(stack),
             MARK: str(stack.folder.absolute()),
@@ -61,9 +65,7 @@ def up(stack: Stack) -> None:
             "PREFECT_LOGGING_EXTRA_LOGGERS": "pipeline,flows",
             "PYTHONWARNINGS": "ignore",
         }
-        subprocess.run(
-            [BIN / "supervisord", "--configuration", configuration(stack)], env={**os.environ, **own}, check=True
-        )
+        subprocess.run([BIN / "supervisord", "--configuration", configuration(stack)], env=theirs | own, check=True)
     os.environ.update(environment(stack))
     for part in PARTS:
         if part == "prefect-worker":
