@@ -60,11 +60,13 @@ class Deformed(Source):
 
 @dataclass
 class Memory:
-    """Most memory of its own (USS, bytes) of each process below this one, above what it had when first seen."""
+    """Most memory of its own (USS, bytes) of this process and each below it, above what it had when first seen; and, at
+    each look, of whichever below had most."""
 
     first: dict[int, int] = field(default_factory=dict)
     grown: dict[int, int] = field(default_factory=dict)
     names: dict[int, str] = field(default_factory=dict)
+    largest: list[int] = field(default_factory=list)
 
     @property
     def most(self) -> tuple[str, float]:
@@ -75,11 +77,13 @@ class Memory:
     def look(self) -> None:
         """Look once at every process."""
         me = psutil.Process()
+        self.largest.append(0)
         for process in [me, *me.children(recursive=True)]:
             try:
                 used, name = process.memory_full_info().uss, " ".join(process.cmdline()).strip()[:40]
             except (psutil.NoSuchProcess, psutil.AccessDenied):
                 continue
+            self.largest[-1] = max(self.largest[-1], used if process != me else 0)
             self.first.setdefault(process.pid, used)
             self.names[process.pid] = "driver" if process == me else name
             self.grown[process.pid] = max(self.grown.get(process.pid, 0), used - self.first[process.pid])
