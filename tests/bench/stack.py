@@ -190,7 +190,8 @@ def ten(drill: Drill, source: Path) -> str:
     numbers = [version.version for version in versions]
     if numbers != list(range(1, AT_ONCE + 1)) or len({version.run_id for version in versions}) != AT_ONCE or overlaps:
         raise RuntimeError(f"versions {numbers}, {overlaps} runs began before the one before had ended")
-    return f"all completed, one at a time, begun {begun} times; versions 1 to {AT_ONCE}, champion {champion and champion.version}"
+    registry = f"versions 1 to {AT_ONCE}, champion {champion and champion.version}"
+    return f"all completed, one at a time, begun {begun} times; {registry}"
 
 
 def report(drill: Drill, spent: list[tuple[str, float]]) -> str:
