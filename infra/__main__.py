@@ -26,7 +26,7 @@ from flows.options import option
 from flows.parameters import with_parameters
 from infra.stack import BIN, BUCKET, MARK, NODES, PARTS, ROOT, Stack, configuration, environment
 from pipeline.config import config_of
-from pipeline.errors import ClusterError, ConfigError, PipelineError, StorageError
+from pipeline.errors import ClusterError, ConfigError, PipelineError, StorageError, first_line
 from pipeline.storage import open_store
 
 PATIENCE_S = 120.0
@@ -180,7 +180,7 @@ def _ask(question: Callable[..., str | None], *arguments: Any) -> str | None:
     try:
         return question(*arguments)
     except (httpx.HTTPError, StorageError, OSError, ConnectionError, RuntimeError, ValueError) as error:
-        return str(error).splitlines()[0] if str(error) else type(error).__name__
+        return first_line(error)
 
 
 def _s3_trouble(stack: Stack) -> str | None:

@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict
 from lenet.model import LeNet
 from lenet.step import normalise
 from pipeline.checkpoint import decode_model
-from pipeline.errors import DataError
+from pipeline.errors import DataError, first_line
 from pipeline.idx import Pixels
 from pipeline.metrics import Logits, Predictor
 from pipeline.storage import Store, sha256
@@ -107,7 +107,7 @@ def open_form(name: str, data: bytes) -> Predictor:
     except DataError as error:
         raise DataError(f"not a {name} of this pipeline ({error})") from None
     except Exception as error:  # neither library has a root for what damaged files make it raise
-        raise DataError(f"not a whole {name} ({str(error).splitlines()[0]})") from None
+        raise DataError(f"not a whole {name} ({first_line(error)})") from None
 
 
 def predictor(model: torch.nn.Module) -> Predictor:

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline import scorer
 from pipeline.cluster import MAX_WORKERS, ClusterConfig, check_cluster
-from pipeline.errors import ConfigError, DataError
+from pipeline.errors import ConfigError, DataError, first_line
 from pipeline.feed import Feed, find_feed, source_digest
 from pipeline.predict import Invert
 from pipeline.registry import Served, open_model
@@ -140,9 +140,8 @@ def read_manifest(output: Store) -> BatchManifest | None:
     try:
         return BatchManifest.model_validate_json(output.read(MANIFEST))
     except ValidationError as error:
-        reason = str(error).splitlines()[0]
         raise DataError(
-            f"{output.locate(MANIFEST)}: not a manifest of predictions ({reason}); name another folder"
+            f"{output.locate(MANIFEST)}: not a manifest of predictions ({first_line(error)}); name another folder"
         ) from None
 
 

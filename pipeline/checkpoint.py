@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lenet.model import LeNet
 from lenet.optimize import Optimization
-from pipeline.errors import DataError
+from pipeline.errors import DataError, first_line
 
 FILE_NAME = "state.safetensors"
 METADATA_KEY = "lenet-pipeline"
@@ -116,7 +116,7 @@ def decode_model(data: bytes) -> LeNet:
         model = LeNet(int(metadata["n_classes"]), activation=metadata["activation"], pooling=metadata["pooling"])  # type: ignore[arg-type]
         model.load_state_dict(weights)
     except (ValueError, KeyError, RuntimeError) as error:
-        raise DataError(f"not a LeNet of this pipeline ({str(error).splitlines()[0]})") from None
+        raise DataError(f"not a LeNet of this pipeline ({first_line(error)})") from None
     return model.eval()
 
 
@@ -140,7 +140,7 @@ def _unseal(data: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
         metadata: dict[str, str] = json.loads(header["__metadata__"][METADATA_KEY])
         whole = metadata.pop("sha256") == _digest(tensors, metadata)
     except (safetensors.SafetensorError, ValueError, KeyError) as error:
-        raise DataError(f"not a whole file of this pipeline ({str(error).splitlines()[0]})") from None
+        raise DataError(f"not a whole file of this pipeline ({first_line(error)})") from None
     if not whole:
         raise DataError("not what was written, its sha256 differs")
     return tensors, metadata

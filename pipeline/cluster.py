@@ -18,7 +18,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.ahead import Result, Task, in_order
-from pipeline.errors import ClusterError, ConfigError
+from pipeline.errors import ClusterError, ConfigError, first_line
 
 # Ray Train reads these from the environment; what the user has set there stays.
 RAY_TRAIN_SETTINGS = {
@@ -276,6 +276,6 @@ def _connect(config: ClusterConfig) -> None:
 
 def _no_cluster(config: ClusterConfig, error: Exception) -> ClusterError:
     return ClusterError(
-        f"ray_address={config.ray_address!r}: no Ray cluster answers there ({str(error).splitlines()[0]}); "
+        f"ray_address={config.ray_address!r}: no Ray cluster answers there ({first_line(error)}); "
         "give the head's host:port, with RAY_AUTH_MODE and the token that it has, or leave it out for a local Ray"
     )

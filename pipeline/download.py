@@ -21,7 +21,7 @@ import requests.exceptions
 
 from pipeline.catalog import CATALOG, Dataset
 from pipeline.convert import bring_own, recognisable
-from pipeline.errors import ConfigError, DataError
+from pipeline.errors import ConfigError, DataError, first_line
 from pipeline.published import check_published, convert, describe, unpack
 from pipeline.source import FACTS, leave, open_source
 from pipeline.source import SourceConfig as SourceConfig
@@ -226,4 +226,4 @@ def _reason(error: Exception) -> str:
     """The innermost cause of a network error in a few words; our own errors as they are."""
     if isinstance(error, requests.exceptions.ConnectionError):
         return "cannot be reached"
-    return str(error).splitlines()[0]
+    return first_line(error)

@@ -49,3 +49,8 @@ class TrainingError(PipelineError):
 
 class Terminated(KeyboardInterrupt):
     """SIGTERM has ended the training, which left a checkpoint to go on from."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of a library says, as part of a line of ours; its class's name when it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict
 
-from pipeline.errors import ConfigError, DataError, StorageError
+from pipeline.errors import ConfigError, DataError, StorageError, first_line
 from pipeline.idx import Pixels
 from pipeline.own import check_inside, shown
 from pipeline.pictures import SUFFIXES
@@ -198,7 +198,7 @@ def _files(store: Store, deep: bool) -> Iterator[_File]:
     try:
         found = store.fs.find(store.root, maxdepth=None if deep else 1, detail=True)
     except Exception as error:  # botocore's errors are known to pipeline.storage alone
-        raise StorageError(f"{store.url}: cannot be listed ({_first_line(error)}); check the server") from error
+        raise StorageError(f"{store.url}: cannot be listed ({first_line(error)}); check the server") from error
     for path in sorted(found):
         key = path.removeprefix(store.root + "/")
         if found[path]["type"] == "file" and not any(part.startswith(".") for part in key.split("/")):
@@ -277,7 +277,7 @@ def _opened(store: Store, key: str) -> pq.ParquetFile:
         return pq.ParquetFile(store.path(key), filesystem=store.arrow, pre_buffer=False)
     except Exception as error:  # pyarrow's own, and through its filesystem those of the store
         where = shown(store.locate(key))
-        raise DataError(f"{where}: no readable Parquet file ({_first_line(error)}); write it again") from None
+        raise DataError(f"{where}: no readable Parquet file ({first_line(error)}); write it again") from None
 
 
 def _explained(store: Store, key: str, batches: Iterator[Any]) -> Iterator[Any]:
@@ -285,12 +285,8 @@ def _explained(store: Store, key: str, batches: Iterator[Any]) -> Iterator[Any]:
         yield from batches
     except (pa.ArrowException, OSError) as error:
         where = shown(store.locate(key))
-        raise DataError(f"{where}: cannot be read to its end ({_first_line(error)}); write it again") from None
+        raise DataError(f"{where}: cannot be read to its end ({first_line(error)}); write it again") from None
 
 
 def _chunks(names: Sequence[str], size: int) -> Iterator[tuple[str, ...]]:
     return (tuple(names[start : start + size]) for start in range(0, len(names), size))
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

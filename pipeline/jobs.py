@@ -21,7 +21,7 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from pipeline import errors
-from pipeline.errors import ClusterError, PipelineError, Terminated, TrainingError
+from pipeline.errors import ClusterError, PipelineError, Terminated, TrainingError, first_line
 from pipeline.lease import ask_to_stop
 from pipeline.progress import OnEpoch, OnNow, followed
 from pipeline.storage import Store, sha256
@@ -54,12 +54,12 @@ def connect(address: str) -> Client:
         client = Client(address)
     except AuthenticationError as error:
         raise ClusterError(
-            f"ray_address={address!r}: refuses the token ({_first_line(error)}); if a Ray dashboard listens there, set "
+            f"ray_address={address!r}: refuses the token ({first_line(error)}); if a Ray dashboard listens there, set "
             "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to its cluster's"
         ) from None
     except (ConnectionError, OSError, RuntimeError, ValueError) as error:
         raise ClusterError(
-            f"ray_address={address!r}: no Ray dashboard answers there ({_first_line(error)}); give http://host:port of "
+            f"ray_address={address!r}: no Ray dashboard answers there ({first_line(error)}); give http://host:port of "
             "the head's dashboard, started by Ray with its default extra installed"
         ) from None
     theirs = client._server_ray_version
@@ -155,7 +155,7 @@ def _submit(client: Client, store: Store, run_id: str, asked: dict[str, Any]) ->
     except RuntimeError as error:
         if other := _find(client, store, run_id):
             return other
-        raise ClusterError(f"the job of run {run_id} was refused: {_first_line(error)}") from None
+        raise ClusterError(f"the job of run {run_id} was refused: {first_line(error)}") from None
     return job
 
 
@@ -172,7 +172,7 @@ def _wait(client: Client, job: str) -> JobStatus | None:
                 return None
             if time.monotonic() - answered > OUTAGE_S:
                 raise ClusterError(
-                    f"the cluster has not answered for {OUTAGE_S} s ({_first_line(error)}); the same run_id goes on "
+                    f"the cluster has not answered for {OUTAGE_S} s ({first_line(error)}); the same run_id goes on "
                     "once it is back"
                 ) from None
         else:
@@ -226,7 +226,3 @@ def _error(client: Client, job: str, status: JobStatus) -> BaseException:
         message = client.get_job_info(job).message or (lines[-1] if lines else "no output")
         return TrainingError(f"job {job} has {str(status).lower()}: {' '.join(message.split())[:400]}")
     return ClusterError(f"job {job} has {str(status).lower()}, and the head does not say why")
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -10,7 +10,7 @@ import numpy as np
 import PIL
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from pipeline.errors import DataError
+from pipeline.errors import DataError, first_line
 from pipeline.idx import Pixels
 from pipeline.own import BATCH, Batch, Found, SourceFile, check_classes, shown, walk
 
@@ -50,9 +50,9 @@ def open_picture(encoded: Path | bytes, lift: bool = False) -> Image.Image:
     except UnidentifiedImageError:
         raise DataError("neither PNG nor JPEG") from None
     except OSError as error:
-        raise DataError(error.strerror or str(error).splitlines()[0]) from None
+        raise DataError(error.strerror or first_line(error)) from None
     except Exception as error:  # Pillow has no common root for what broken files make it raise
-        raise DataError(str(error).splitlines()[0] if str(error) else type(error).__name__) from None
+        raise DataError(first_line(error)) from None
 
 
 def decode_batch(pool: Executor, encoded: Sequence[Path | bytes], size: int) -> Batch:

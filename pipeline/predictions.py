@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.artifacts import Artifact, read_checked
-from pipeline.errors import DataError
+from pipeline.errors import DataError, first_line
 from pipeline.idx import Pixels
 from pipeline.metrics import Logits
 from pipeline.shards import Manifest
@@ -76,7 +76,7 @@ def decode_predictions(data: bytes) -> Predictions:
         values = table["logits"].combine_chunks()
         logits = values.flatten().to_numpy().reshape(len(rows), -1)
     except (pa.ArrowException, KeyError, ValueError, AttributeError) as error:
-        raise DataError(f"not a file of predictions ({str(error).splitlines()[0]})") from None
+        raise DataError(f"not a file of predictions ({first_line(error)})") from None
     if len(rows) == 0 or not np.array_equal(rows, np.arange(rows[0], rows[0] + len(rows))):
         raise DataError("its rows do not follow each other")
     if not np.array_equal(predicted, logits.argmax(axis=1)):

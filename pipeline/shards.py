@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from pipeline.errors import DataError, StorageError
+from pipeline.errors import DataError, StorageError, first_line
 from pipeline.idx import Pixels
 from pipeline.storage import Store, sha256
 
@@ -111,7 +111,7 @@ def find_manifest(store: Store, folder: str) -> Manifest | None:
             )
         manifest = Manifest.model_validate(content)
     except (ValueError, AttributeError, ValidationError) as error:
-        raise DataError(f"{where}: not a manifest ({str(error).splitlines()[0]}); {_rebuild(store, folder)}") from None
+        raise DataError(f"{where}: not a manifest ({first_line(error)}); {_rebuild(store, folder)}") from None
     if manifest.digest != digest_of(manifest):
         raise DataError(f"{where}: its digest does not match its content; {_rebuild(store, folder)}")
     return manifest
@@ -261,7 +261,7 @@ def decode_shard(data: bytes, image_shape: tuple[int, int]) -> tuple[Pixels, Pix
             raise DataError(f"its columns are {_columns(schema)}, not {_columns(expected)}")
         table = file.read(columns=["image", "label"]).combine_chunks()
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"not a Parquet file ({str(error).splitlines()[0]})") from None
+        raise DataError(f"not a Parquet file ({first_line(error)})") from None
     if table.num_rows == 0:
         return np.empty((0, *image_shape), np.uint8), np.empty(0, np.uint8)
     if any(column.null_count for column in table.columns):

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from pipeline.errors import ConfigError, DataError
+from pipeline.errors import ConfigError, DataError, first_line
 from pipeline.idx import Pixels, open_idx
 
 SPLITS = ("train", "test")
@@ -121,7 +121,7 @@ def open_source(folder: Path) -> Source:
     except FileNotFoundError:
         raise DataError(f"{folder}: holds no {FACTS}; fetch the dataset again") from None
     except ValidationError as error:
-        raise DataError(f"{folder / FACTS}: {str(error).splitlines()[0]}; delete it and fetch again") from None
+        raise DataError(f"{folder / FACTS}: {first_line(error)}; delete it and fetch again") from None
     for name in FILES:
         try:
             found = file_sha256(folder / name)

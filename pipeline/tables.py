@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline import pictures
-from pipeline.errors import DataError
+from pipeline.errors import DataError, first_line
 from pipeline.idx import Pixels
 from pipeline.own import BATCH, MAX_CLASSES, Batch, Found, SourceFile, check_classes, shown
 from pipeline.source import SourceConfig
@@ -71,7 +71,7 @@ def _open(file: SourceFile) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(file.path)
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{shown(file.name)}: no readable Parquet file ({_first_line(error)})") from None
+        raise DataError(f"{shown(file.name)}: no readable Parquet file ({first_line(error)})") from None
 
 
 def _schema(file: SourceFile) -> pa.Schema:
@@ -193,7 +193,7 @@ def _columns(file: SourceFile, column: str, rows: int) -> Iterator[tuple[int, An
                 yield row, values
                 row += len(values)
         except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{shown(file.name)}: cannot be read after row {row} ({_first_line(error)})") from None
+            raise DataError(f"{shown(file.name)}: cannot be read after row {row} ({first_line(error)})") from None
 
 
 def _decode(values: Any, size: int, pool: Executor, where: str, row: int) -> Batch:
@@ -249,7 +249,3 @@ def _first(mask: Any) -> int:
 
 def _other_size(size: int) -> str:
     return f"set image_size to {60 - size}, or give encoded pictures, which are resized"
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
