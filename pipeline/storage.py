@@ -330,6 +330,8 @@ class PatientS3FileSystem(s3fs.S3FileSystem):  # type: ignore[misc]  # s3fs has 
     """
 
     retries = S3_ATTEMPTS
+    # A copy that comes with a task would be given one of before, which still speaks to the server of then.
+    cachable = False
 
     async def _call_s3(self, method: str, *args: Any, **kwargs: Any) -> Any:
         give_up = time.monotonic() + float(os.environ.get("LENET_S3_OUTAGE_S", S3_OUTAGE_S))
@@ -365,7 +367,7 @@ def _s3_filesystem() -> PatientS3FileSystem:
         "retries": {"mode": "standard", "max_attempts": 1},
     }
     # Listings are never cached: another process writes to the same bucket (fsspec/s3fs#851).
-    return PatientS3FileSystem(use_listings_cache=False, skip_instance_cache=True, config_kwargs=config)
+    return PatientS3FileSystem(use_listings_cache=False, config_kwargs=config)
 
 
 def _written(info: dict[str, Any]) -> datetime:

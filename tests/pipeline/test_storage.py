@@ -25,6 +25,7 @@ import pytest
 from pipeline import storage
 from pipeline.errors import ConfigError, StorageError
 from pipeline.storage import Store, open_store
+from tests.conftest import free_ports
 
 if TYPE_CHECKING:
     from tests.conftest import S3Server
@@ -161,6 +162,18 @@ def test_a_store_works_in_another_process(store: Store) -> None:
     copy: Store = pickle.loads(pickle.dumps(store))  # noqa: S301 - as Ray sends it
     assert copy.read("k") == b"written here"
     assert open_store(store.url).read("k") == b"written here"
+
+
+def test_a_copy_speaks_to_the_server_of_now(s3_store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    s3_store.put("k", b"written here")
+    sent = pickle.dumps(s3_store)
+    [nobody] = free_ports(1)
+    with monkeypatch.context() as before:
+        before.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{nobody}")
+        before.setenv("LENET_S3_OUTAGE_S", "0")
+        with pytest.raises(StorageError, match="Could not connect"):
+            pickle.loads(sent).read("k")  # noqa: S301 - as Ray sends it
+    assert pickle.loads(sent).read("k") == b"written here"  # noqa: S301
 
 
 def test_arrow_reads_and_writes_parquet_in_the_same_place(store: Store) -> None:
