@@ -9,6 +9,7 @@ import pytest
 from cyclopts import App
 from PIL import Image
 from prefect.client.orchestration import get_client
+from prefect.logging.configuration import setup_logging
 from prefect.testing.utilities import prefect_test_harness
 from rich.console import Console
 
@@ -112,6 +113,8 @@ def test_a_mistake_costs_a_line(
 
 @pytest.fixture
 def prefect() -> Iterator[None]:
+    # At a process's first flow run Prefect would take the root logger's handlers away, caplog's among them.
+    setup_logging()
     with prefect_test_harness(server_startup_timeout=120):
         yield
 
