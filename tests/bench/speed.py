@@ -2,7 +2,8 @@
 
 Each round runs the textbook's ten epochs in a fresh process, then `lenet train` with the same ten epochs on two
 workers, from a store that holds no shards, with a Prefect home that is set up (as after a first run); then three epochs
-as Ray Train's example has them, three with one worker, and a matrix product for what the processor can do.
+as Ray Train's example has them, three with one worker, three in bfloat16; and for what the machine can do, a matrix
+product, and the gradient in one process and in two that have nothing to do with each other.
 """
 
 import json
@@ -20,7 +21,11 @@ import torch
 from cyclopts import App, Parameter
 from textbook import link_raw_files, rays_loop, textbook_loop
 
+from lenet.fused import open_gradient
+from lenet.recipe import RECIPES
+from lenet.step import flatten
 from pipeline.download import SourceConfig, fetch
+from pipeline.worker import keep_memory
 
 ROOT = Path(__file__).parents[2]
 IMAGES = 60_000
@@ -36,7 +41,8 @@ def main(
     output: Annotated[Path, Parameter(help="Where the table goes.")] = ROOT / "docs" / "benchmarks.md",
 ) -> None:
     """Measure and write the table."""
-    names = ("textbook_wall", "textbook_rate", "ours_wall", "ours_rate", "one_rate", "rays_rate", "roofline")
+    names = ("textbook_wall", "textbook_rate", "ours_wall", "ours_rate", "one_rate", "rough_rate", "rays_rate")
+    names += ("roofline", "apart")
     measured: dict[str, list[float]] = {name: [] for name in names}
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
@@ -51,8 +57,11 @@ def main(
             measured["ours_rate"].append(statistics.median(rates))
             _, rates = run_ours(root / f"one-{number}", SHORT, "--workers", "1")
             measured["one_rate"].append(statistics.median(rates))
+            _, rates = run_ours(root / f"rough-{number}", SHORT, "--precision", "bfloat16")
+            measured["rough_rate"].append(statistics.median(rates))
             measured["rays_rate"].append(statistics.median(IMAGES / seconds for seconds in run_rays(root)))
             measured["roofline"].append(sgemm_flops() / FLOP_PER_IMAGE)
+            measured["apart"].append(sum(run_apart(2)) / sum(run_apart(1)))
             print(number, {name: round(values[-1], 1) for name, values in measured.items()}, flush=True)
     text = table(measured, rounds, epochs)
     output.write_text(text)
@@ -73,6 +82,28 @@ def rays_process(root: Path) -> None:
     """Ray Train's way alone, in a process of its own."""
     ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     print(json.dumps(rays_loop(root, SHORT)))
+
+
+@app.command(name="gradient", show=False)
+def gradient_process(seconds: float = 5) -> None:
+    """Images/s of the gradient alone, of slices of 128 images, in one thread."""
+    torch.set_num_threads(1)
+    keep_memory()
+    model = RECIPES["seed"].build_model(10, 0)
+    gradient = open_gradient(model, flatten(model))
+    images, labels = torch.randint(256, (128, 28, 28), dtype=torch.uint8), torch.randint(10, (128,))
+    started, done = time.perf_counter(), 0
+    while (passed := time.perf_counter() - started) < seconds:
+        gradient(images, labels, global_batch=256)
+        done += len(images)
+    print(json.dumps(done / passed))
+
+
+def run_apart(processes: int) -> list[float]:
+    """Images/s of each of so many processes with the gradient alone, at the same time."""
+    command = [sys.executable, __file__, "gradient"]
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(processes)]
+    return [json.loads(process.communicate()[0].splitlines()[-1]) for process in running]
 
 
 def run_rays(root: Path) -> list[float]:
@@ -117,8 +148,8 @@ def table(measured: dict[str, list[float]], rounds: int, epochs: int) -> str:
     """The figures as Markdown: median and range, and the ratios round by round."""
     whole = [ours / theirs for ours, theirs in zip(measured["ours_wall"], measured["textbook_wall"], strict=True)]
 
-    def ratio(name: str) -> list[float]:
-        return [ours / theirs for ours, theirs in zip(measured["ours_rate"], measured[name], strict=True)]
+    def ratio(theirs: str, ours: str = "ours_rate") -> list[float]:
+        return [one / other for one, other in zip(measured[ours], measured[theirs], strict=True)]
 
     def row(name: str, values: list[float], digits: int) -> str:
         low, middle, high = min(values), statistics.median(values), max(values)
@@ -135,6 +166,7 @@ The textbook loop is torchvision's Fashion-MNIST with ToTensor and a DataLoader 
 start to published report: Prefect, Ray, download check, sharding, {epochs} epochs, evaluation and publishing. Ray
 Train's way is its own Fashion-MNIST example with this LeNet: `prepare_data_loader`, `prepare_model`, two workers. The
 matrix product is torch's of 2048 x 2048 float32 on all cores; training takes 2.4 million operations for each image.
+Processes with nothing in common compute the gradient and no more, with no Ray beside them: two workers can't gain more.
 
 | n = {rounds} | median | range |
 | --- | --- | --- |
@@ -145,6 +177,10 @@ matrix product is torch's of 2048 x 2048 float32 on all cores; training takes 2.
 {row("lenet train over Ray Train's way", ratio("rays_rate"), 2)}
 {row("lenet train with one worker, images/s", measured["one_rate"], 0)}
 {row("two workers over one", ratio("one_rate"), 2)}
+{row("two processes with nothing in common over one", measured["apart"], 2)}
+{row("lenet train in bfloat16, images/s", measured["rough_rate"], 0)}
+{row("that over the textbook loop", ratio("textbook_rate", "rough_rate"), 2)}
+{row("that over Ray Train's way", ratio("rays_rate", "rough_rate"), 2)}
 {row("what the matrix product would allow, images/s", measured["roofline"], 0)}
 {row("lenet train over that", ratio("roofline"), 2)}
 {row(f"textbook loop, {epochs} epochs, s", measured["textbook_wall"], 1)}
