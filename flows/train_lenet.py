@@ -25,7 +25,7 @@ from flows.parameters import with_parameters
 from pipeline import run
 from pipeline.checkpoint import EpochMetrics
 from pipeline.config import config_of
-from pipeline.errors import ConfigError, DataError, Terminated, TrainingError
+from pipeline.errors import PipelineError, Terminated
 from pipeline.evaluate import Evaluation, Exported
 from pipeline.progress import Now
 from pipeline.promotion import Comparison, render_decision
@@ -44,7 +44,10 @@ now_log = logging.getLogger("now")
 def _may_pass(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:
     """A wrong parameter or file stays wrong and Ray Train has retried training; anything else is tried again."""
     error = state.result(raise_on_failure=False)
-    return not isinstance(error, ConfigError | DataError | TrainingError)
+    if isinstance(error, PipelineError) and not error.may_pass:
+        return False
+    logging.getLogger(f"flows.{task.name}").warning("%s; this step is tried again", error)
+    return True
 
 
 def _outcome(step: str) -> Callable[..., str | None]:

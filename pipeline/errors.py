@@ -12,9 +12,10 @@ Terminated, which is none of these, says that SIGTERM was heard and obeyed.
 
 
 class PipelineError(Exception):
-    """Root of the tree. `exit_code` is what the command line returns."""
+    """Root of the tree. `exit_code` is what the command line returns; `may_pass`, whether trying again may help."""
 
     exit_code = 1
+    may_pass = False
 
 
 class ConfigError(PipelineError):
@@ -36,11 +37,17 @@ class DataError(PipelineError):
 
 
 class StorageError(PipelineError):
-    """An operation on the object store failed for good."""
+    """An operation on the object store failed, after as many attempts as are worth making at once."""
+
+    def __init__(self, message: str, *, may_pass: bool = True) -> None:
+        super().__init__(message)
+        self.may_pass = may_pass
 
 
 class ClusterError(PipelineError):
     """The Ray cluster cannot place the training."""
+
+    may_pass = True
 
 
 class TrainingError(PipelineError):

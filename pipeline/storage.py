@@ -7,6 +7,7 @@ are the conditional writes that publishing rests on.
 
 import asyncio
 import contextlib
+import errno
 import hashlib
 import mimetypes
 import os
@@ -37,6 +38,8 @@ S3_ATTEMPTS = 2  # by s3fs, when a server breaks off or errs in the middle of a 
 S3_OUTAGE_S = 30  # how long a server that is not there is waited for, a restart; LENET_S3_OUTAGE_S says otherwise
 S3_OUTAGE_POLL_S = 0.5
 
+# What a person has to see to before it is worth trying again: no room, no quota, no writing at all.
+LASTING = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 
 _TEMPORARY = re.compile(r"(^|/)\.[^/]+\.(tmp|lock)$")
 
@@ -194,13 +197,14 @@ class Store:
         try:
             yield
         except FileNotFoundError as error:
-            raise StorageError(
-                f"{where}: not found ({_short(error)}); check the bucket, the key and storage"
-            ) from error
+            remedy = "check the bucket, the key and storage"
+            raise StorageError(f"{where}: not found ({_short(error)}); {remedy}", may_pass=False) from error
         except (PermissionError, botocore.exceptions.NoCredentialsError) as error:
-            raise StorageError(f"{where}: access denied ({_short(error)}); check {self._access_remedy}") from error
+            remedy = f"check {self._access_remedy}"
+            raise StorageError(f"{where}: access denied ({_short(error)}); {remedy}", may_pass=False) from error
         except (OSError, botocore.exceptions.BotoCoreError) as error:
-            raise StorageError(f"{where}: store failed ({_short(error)}); check {self._reach_remedy}") from error
+            remedy, may_pass = f"check {self._reach_remedy}", getattr(error, "errno", None) not in LASTING
+            raise StorageError(f"{where}: store failed ({_short(error)}); {remedy}", may_pass=may_pass) from error
 
     _access_remedy = "the folder's owner and mode"
     _reach_remedy = "the disk"
