@@ -94,7 +94,8 @@ RECIPES: dict[str, Recipe] = {
             activation="relu",
             weights="kaiming",
             standardise=True,
-            augment=Augment(flip=0.5, shift=2),
+            # No flips: nearly all shoes point one way, and they cost 0.004 on validation images.
+            augment=Augment(shift=2),
             label_smoothing=0.05,
             optimizer="muon",
             momentum=0.95,

@@ -30,7 +30,7 @@ WITHOUT: dict[str, dict[str, Any]] = {
     "SGD with momentum in place of Muon": {"optimizer": "sgd", "lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4},
     "largest of four pixels in place of their mean": {"pooling": "max"},
     "tanh in place of ReLU": {"activation": "tanh", "weights": "xavier"},
-    "no flips": {"flip": 0},
+    "flips of every other image": {"flip": 0.5},
     "no shifts": {"shift": 0},
     "no label smoothing": {"label_smoothing": 0},
     "no weight decay": {"weight_decay": 0},

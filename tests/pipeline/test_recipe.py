@@ -17,10 +17,10 @@ def test_what_is_not_given_is_the_recipes_own(recipe: Recipe) -> None:
 
 
 def test_what_is_given_takes_the_place_of_the_recipes_own() -> None:
-    given = TrainConfig(recipe="modern", epochs=3, lr=0.5, shift=0, momentum=0, activation="tanh", averaging=0)
+    given = TrainConfig(recipe="modern", epochs=3, lr=0.5, flip=0.5, momentum=0, activation="tanh", averaging=0)
     expected = varied(RECIPES["modern"], {"epochs": 3, "lr": 0.5, "momentum": 0, "activation": "tanh", "averaging": 0})
-    assert given.resolved() == varied(expected, {"shift": 0})
-    assert given.resolved().augment == Augment(flip=0.5, shift=0)
+    assert given.resolved() == varied(expected, {"flip": 0.5})
+    assert given.resolved().augment == Augment(flip=0.5, shift=2)
 
 
 def test_every_value_of_a_recipe_can_be_given() -> None:
