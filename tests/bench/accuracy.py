@@ -16,7 +16,7 @@ from cyclopts import App, Parameter
 
 from pipeline.cluster import ClusterConfig, ray_session
 from pipeline.download import SourceConfig, fetch
-from pipeline.evaluate import evaluate
+from pipeline.evaluate import evaluate, export
 from pipeline.loader import LoadConfig
 from pipeline.recipe import TrainConfig
 from pipeline.sharding import ShardConfig, write_shards
@@ -73,8 +73,9 @@ def main(
             for seed in range(seeds):
                 if (name := f"{recipe} {seed}") not in found:
                     config = TrainConfig(recipe=recipe, seed=seed)
-                    training = fit(store, name.replace(" ", "-"), every, config, cluster, LoadConfig())
-                    verdict = evaluate(store, name.replace(" ", "-"), every, training)
+                    run_id = name.replace(" ", "-")
+                    training = fit(store, run_id, every, config, cluster, LoadConfig())
+                    verdict = evaluate(store, run_id, every, export(store, run_id, every, training))
                     keep(name, {"accuracy": verdict.accuracy, "seconds": training.wall_seconds})
     text = report(found, seeds, ablation_epochs, recipes)
     output.write_text(text)
