@@ -41,9 +41,8 @@ def main(
     output: Annotated[Path, Parameter(help="Where the table goes.")] = ROOT / "docs" / "benchmarks.md",
 ) -> None:
     """Measure and write the table."""
-    names = ("textbook_wall", "textbook_rate", "ours_wall", "ours_rate", "one_rate", "rough_rate", "rays_rate")
-    names += ("roofline", "apart")
-    measured: dict[str, list[float]] = {name: [] for name in names}
+    names = "textbook_wall textbook_rate ours_wall ours_rate one_rate rough_rate rays_rate roofline apart"
+    measured: dict[str, list[float]] = {name: [] for name in names.split()}
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
         link_raw_files(fetch(SourceConfig()), root)
