@@ -10,6 +10,7 @@ import json
 import logging
 import platform
 import shlex
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +26,8 @@ from pipeline.errors import ClusterError, PipelineError, Terminated, TrainingErr
 from pipeline.lease import ask_to_stop
 from pipeline.progress import OnEpoch, OnNow, followed
 from pipeline.storage import Store, sha256
-from pipeline.train import Training, find_training, on_sigterm, staging
+from pipeline.train import Training, find_training, staging
+from pipeline.trainer import on_signal
 from pipeline.worker import lease_key
 
 log = logging.getLogger(__name__)
@@ -193,7 +195,7 @@ def _stopped_with_us(client: Client, store: Store, run_id: str, job: str) -> Ite
     def terminate() -> None:
         raise Terminated
 
-    with on_sigterm(terminate):
+    with on_signal(signal.SIGTERM, terminate):
         try:
             yield
         except ClusterError:

@@ -1,12 +1,9 @@
 """Data-parallel training with Ray Train, from a dataset in the store to a candidate model in the store."""
 
-import contextlib
 import json
 import logging
 import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -27,7 +24,7 @@ from pipeline.progress import ENDED, OnEpoch, OnNow, WriteProgress, followed
 from pipeline.recipe import TrainConfig
 from pipeline.shards import Manifest
 from pipeline.storage import Store, sha256
-from pipeline.trainer import Trainer
+from pipeline.trainer import Trainer, on_signal
 from pipeline.worker import RAY_FOLDER, Job, lease_key, train_worker
 
 log = logging.getLogger(__name__)
@@ -104,7 +101,7 @@ def _train(
     """What `fit` does as the run's one writer. Nothing is left when another process has taken over meanwhile."""
     started = time.perf_counter()
     # The workers, wherever they are, then end with a checkpoint.
-    with ray_session(cluster) as gpu, on_sigterm(hold.ask_stop):
+    with ray_session(cluster) as gpu, on_signal(signal.SIGTERM, hold.ask_stop):
         job = Job(
             store_url=store.url,
             folder=staging(run_id),
@@ -184,19 +181,6 @@ def _run_workers(
     if checkpoint is None:
         return {}, Position()
     return read_state(store.read(job.state_key(Path(checkpoint.path).name)))
-
-
-@contextlib.contextmanager
-def on_sigterm(act: Callable[[], None]) -> Iterator[None]:
-    """While the block runs, SIGTERM does this; nothing new where Python hears no signals, outside the main thread."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, lambda *_: act())
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _ended(store: Store, run_id: str) -> dict[str, Any]:

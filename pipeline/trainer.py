@@ -5,6 +5,10 @@ of a core, before any worker is asked for; it would live no longer than this pro
 """
 
 import asyncio
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import ray
@@ -18,6 +22,23 @@ from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 from ray.train.v2._internal.execution.worker_group import WorkerGroup
 
 from pipeline.cluster import use_interface_of_ray
+
+
+@contextlib.contextmanager
+def on_signal(number: signal.Signals, act: Callable[[], None]) -> Iterator[None]:
+    """While the block runs, the signal does this; nothing new where Python hears none, outside the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(number, lambda *_: act())
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
+
+
+def _interrupt() -> None:
+    raise KeyboardInterrupt
 
 
 class Trainer(TorchTrainer):
@@ -39,7 +60,10 @@ class Trainer(TorchTrainer):
             scaling_policy = _NothingToScale(scaling_policy.scaling_config)
         controller = _Controller(scaling_policy=scaling_policy, **asked)
         try:
-            asyncio.run(controller.run())  # type: ignore[no-untyped-call]
+            # asyncio's own handler of Ctrl-C is heard where the loop waits: nowhere, while looking at the workers takes
+            # longer than the pause between two looks.
+            with on_signal(signal.SIGINT, _interrupt):
+                asyncio.run(controller.run())  # type: ignore[no-untyped-call]
         except BaseException:
             if workers := controller.get_worker_group():
                 workers.abort()  # type: ignore[no-untyped-call]
