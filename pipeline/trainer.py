@@ -60,8 +60,8 @@ class Trainer(TorchTrainer):
             scaling_policy = _NothingToScale(scaling_policy.scaling_config)
         controller = _Controller(scaling_policy=scaling_policy, **asked)
         try:
-            # asyncio's own handler of Ctrl-C is heard where the loop waits: nowhere, while looking at the workers takes
-            # longer than the pause between two looks.
+            # asyncio would turn Ctrl-C into a cancellation at the loop's next wait, where anything may take it for a
+            # failure to go on from; once a run was seen to end as if nobody had pressed it.
             with on_signal(signal.SIGINT, _interrupt):
                 asyncio.run(controller.run())  # type: ignore[no-untyped-call]
         except BaseException:

@@ -26,15 +26,10 @@ class Command:
         self.storage = storage or str(folder / "store")
         self.env = {**os.environ, "PREFECT_HOME": str(folder / "prefect"), "LENET_TEST": str(folder)}
 
-    def start(self, *arguments: str, **env: str) -> subprocess.Popen[str]:
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
         command = [str(BIN / "lenet"), "train", "--storage", self.storage, *arguments]
         return subprocess.Popen(
-            command,
-            env=self.env | env,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            start_new_session=True,
+            command, env=self.env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
         )
 
     def processes(self) -> list[str]:
@@ -77,9 +72,7 @@ def gone_on(tmp_path_factory: pytest.TempPathFactory) -> GoneOn:
     store = open_store(command.storage)
 
     def run(interrupted: bool) -> Ended:
-        # Interrupted while Ray Train's control loop never pauses, as where looking at the workers takes long.
-        pause = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0"} if interrupted else {}
-        process = command.start("--epochs", "3", "--run-id", "r", **pause)
+        process = command.start("--epochs", "3", "--run-id", "r")
         if interrupted:
             wait_for(lambda: store.exists(f"{staging('r')}/progress/00001.json"), 400)
             os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of the foreground

@@ -21,7 +21,7 @@ def test_ctrl_c_leaves_nothing_and_the_same_run_id_goes_on_to_a_published_report
     assert (first.returncode, first.err) == (
         130,
         "lenet: interrupted; the same --run-id goes on from the last checkpoint\n",
-    )
+    ), first.out
     assert not gone_on.published_by_the_first
 
     assert (second.returncode, second.err) == (0, "")
