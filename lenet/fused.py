@@ -57,8 +57,8 @@ class FusedGradient(Gradient):
     def __call__(self, images: Tensor, labels: Tensor, *, global_batch: int) -> Tensor:
         self.total.zero_()
         counts = no_counts()
-        piece = PIECE * 4 // self.dtype.itemsize
-        for some, classes in zip(torch.split(images, piece), torch.split(labels, piece), strict=True):
+        most = PIECE * 4 // self.dtype.itemsize
+        for some, classes in zip(torch.split(images, most), torch.split(labels, most), strict=True):
             if len(some):
                 counts += self._pass_for(some).run(some, classes, global_batch, self.label_smoothing)
                 self.total.add_(self.piece)

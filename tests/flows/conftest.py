@@ -4,11 +4,14 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import pytest
+from prefect.logging.configuration import setup_logging
+from prefect.testing.utilities import prefect_test_harness
 
 from pipeline.publish import find_run, read_latest
 from pipeline.storage import open_store
@@ -62,6 +65,15 @@ class GoneOn:
     published_by_the_first: bool
     second: Ended
     shards_written_by_the_second: list[Path]
+
+
+@pytest.fixture
+def prefect() -> Iterator[None]:
+    """A Prefect server for flows that run in this process."""
+    # At a process's first flow run Prefect would take the root logger's handlers away, caplog's among them.
+    setup_logging()
+    with prefect_test_harness(server_startup_timeout=120):
+        yield
 
 
 @pytest.fixture(scope="session")

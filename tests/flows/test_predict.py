@@ -1,6 +1,5 @@
 """Proves that pictures can be predicted from the command line, and a batch as a flow with its artifact in Prefect."""
 
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,8 +8,6 @@ import pytest
 from cyclopts import App
 from PIL import Image
 from prefect.client.orchestration import get_client
-from prefect.logging.configuration import setup_logging
-from prefect.testing.utilities import prefect_test_harness
 from rich.console import Console
 
 import flows.predict
@@ -109,14 +106,6 @@ def test_a_mistake_costs_a_line(
         lenet(*arguments)
     assert message in str(raised.value)
     assert "\n" not in str(raised.value)
-
-
-@pytest.fixture
-def prefect() -> Iterator[None]:
-    # At a process's first flow run Prefect would take the root logger's handlers away, caplog's among them.
-    setup_logging()
-    with prefect_test_harness(server_startup_timeout=120):
-        yield
 
 
 def test_the_flow_predicts_and_shows_what_came_of_it(

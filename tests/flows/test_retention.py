@@ -2,14 +2,12 @@
 
 import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from prefect.client.orchestration import get_client
-from prefect.testing.utilities import prefect_test_harness
 
 from flows.cli import main
 from pipeline.retention import RetentionConfig
@@ -69,12 +67,6 @@ def test_help_says_that_nothing_goes_without_delete(capsys: pytest.CaptureFixtur
     assert lenet("retention", "--help") == 0
     said = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert "Without it, nothing is removed: it only lists what would be." in said
-
-
-@pytest.fixture
-def prefect() -> Iterator[None]:
-    with prefect_test_harness(server_startup_timeout=120):
-        yield
 
 
 def test_the_flow_removes_and_shows_what_went(prefect: None, store: Path) -> None:

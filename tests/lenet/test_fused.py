@@ -33,13 +33,7 @@ def labels(small_splits: "Splits") -> Tensor:
     return torch.from_numpy(small_splits["train"][1][:300])
 
 
-def computed(
-    kind: Kind,
-    batch: Tensor,
-    classes: Tensor,
-    smoothing: float,
-    *args: object,
-) -> tuple[Tensor, Tensor]:
+def computed(kind: Kind, batch: Tensor, classes: Tensor, smoothing: float, *args: object) -> tuple[Tensor, Tensor]:
     """The gradient and the counts, by one of the two, of a model that is always the same."""
     with torch.random.fork_rng():
         torch.manual_seed(5)
