@@ -6,6 +6,7 @@ import os
 import re
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from typing import Annotated, Any, Literal
@@ -15,10 +16,15 @@ import psutil
 import ray
 import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from ray._raylet import GcsClient
+from ray.core.generated.autoscaler_pb2 import AutoscalingState, GetClusterStatusReply
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.ahead import Result, Task, in_order
 from pipeline.errors import ClusterError, ConfigError, first_line
+
+log = logging.getLogger(__name__)
 
 # Ray Train reads these from the environment; what the user has set there stays.
 RAY_TRAIN_SETTINGS = {
@@ -38,6 +44,9 @@ CONNECT_TIMEOUT_S = 5
 CONNECT_PATIENCE_S = 25
 HTTP2_SETTINGS = b"\x04"
 HTTP2_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0" + HTTP2_SETTINGS + b"\0\0\0\0\0"  # as gRPC begins
+# What an autoscaler may take: to say what it does about workers without room, and to have machines ready in a cloud,
+# which load gigabytes of image.
+ANSWER_S, GROW_S = 20, 900
 MAX_WORKERS = 10_000
 
 
@@ -186,7 +195,8 @@ def ray_ahead(config: ClusterConfig) -> Iterator[None]:
 def ray_session(config: ClusterConfig) -> Iterator[bool]:
     """Connect to Ray, starting a local one if none is named, and yield whether the workers get GPUs.
 
-    Raises ClusterError when the named cluster does not answer, ConfigError when the workers do not fit.
+    A cluster's autoscaler, if it has one, starts what is missing. Raises ClusterError when the named cluster does not
+    answer or grow, ConfigError when the workers do not fit.
     """
     local = config.ray_address is None
     with _defaults(RAY_TRAIN_SETTINGS | (LOCAL_RAY_SETTINGS if local else {})):
@@ -195,8 +205,7 @@ def ray_session(config: ClusterConfig) -> Iterator[bool]:
             if started:
                 _connect(config)
         try:
-            nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
-            yield decide_gpu(config, nodes)
+            yield _find_room(config)
         finally:
             if started:
                 ray.shutdown()
@@ -231,6 +240,49 @@ def run_on_ray(config: ClusterConfig, work: Callable[[Task], Result], tasks: Ite
         remote: Any = ray.remote(call).options(scheduling_strategy=stay, num_cpus=min(1, cpus))
         get: Callable[[Any], Result] = ray.get
         yield from in_order(remote.remote, get, tasks, ahead=2 * max(1, int(cpus)))
+
+
+def _find_room(config: ClusterConfig) -> bool:
+    """Whether the workers get GPUs, once there is room for them."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    try:
+        return decide_gpu(config, nodes)
+    except ConfigError as refusal:
+        if config.ray_address is None:
+            raise
+        gpu = config.gpu == "yes"
+        # What stays unplaced for a moment is what an autoscaler acts on.
+        group = placement_group([config.resources(gpu)] * config.least_workers)
+        try:
+            _wait_for_machines(config, group, refusal)
+        finally:
+            remove_placement_group(group)
+        return gpu
+
+
+def _wait_for_machines(config: ClusterConfig, group: PlacementGroup, refusal: ConfigError) -> None:
+    """Until an autoscaler has started what the group needs; the refusal if it cannot, or there is none."""
+    asked, starting = time.monotonic(), False
+    while not group.wait(timeout_seconds=1):
+        waited, state = time.monotonic() - asked, _autoscaling_state()
+        refused = any(request.details.startswith(group.id.hex()) for request in state.infeasible_gang_resource_requests)
+        if not starting and (state.pending_instances or state.pending_instance_requests) and not refused:
+            starting = True
+            minutes = GROW_S // 60
+            log.info("the cluster starts machines for %s workers; waiting up to %d minutes", config.workers, minutes)
+        if refused or (not starting and waited > ANSWER_S):
+            raise refusal
+        if waited > GROW_S:
+            raise ClusterError(
+                f"workers={config.workers}: the cluster has not started machines for them in {GROW_S // 60} minutes; "
+                "see its autoscaler's log, or ask for fewer"
+            )
+
+
+def _autoscaling_state() -> AutoscalingState:
+    """What the cluster's autoscaler has last said; nothing, where there is none."""
+    client = GcsClient(ray.get_runtime_context().gcs_address)
+    return GetClusterStatusReply.FromString(client.get_cluster_status(timeout_s=CONNECT_TIMEOUT_S)).autoscaling_state
 
 
 @contextlib.contextmanager

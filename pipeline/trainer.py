@@ -26,8 +26,12 @@ from pipeline.cluster import use_interface_of_ray
 
 @contextlib.contextmanager
 def on_signal(number: signal.Signals, act: Callable[[], None]) -> Iterator[None]:
-    """While the block runs, the signal does this; nothing new where Python hears none, outside the main thread."""
-    if threading.current_thread() is not threading.main_thread():
+    """While the block runs, the signal does this.
+
+    Nothing new outside the main thread, where Python hears none, and for a signal that this process ignores, as shells
+    let what they run in the background ignore Ctrl-C.
+    """
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(number) is signal.SIG_IGN:
         yield
         return
     before = signal.signal(number, lambda *_: act())
@@ -60,8 +64,8 @@ class Trainer(TorchTrainer):
             scaling_policy = _NothingToScale(scaling_policy.scaling_config)
         controller = _Controller(scaling_policy=scaling_policy, **asked)
         try:
-            # asyncio would turn Ctrl-C into a cancellation at the loop's next wait, where anything may take it for a
-            # failure to go on from; once a run was seen to end as if nobody had pressed it.
+            # asyncio's own handler of Ctrl-C is heard where the loop waits: nowhere, while looking at the workers takes
+            # longer than the pause between two looks.
             with on_signal(signal.SIGINT, _interrupt):
                 asyncio.run(controller.run())  # type: ignore[no-untyped-call]
         except BaseException:

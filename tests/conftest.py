@@ -19,6 +19,7 @@ import botocore.config
 import botocore.exceptions
 import botocore.session
 import numpy as np
+import psutil
 import pytest
 import torch
 from hypothesis import settings
@@ -201,6 +202,18 @@ def wait_for(condition: Callable[[], object], seconds: float) -> None:
     while not condition():
         assert time.monotonic() < deadline, f"waited {seconds} s in vain"
         time.sleep(0.05)
+
+
+def processes_with(name: str, value: str) -> list[psutil.Process]:
+    """The processes, of any parent, that have a variable of this value in their environment."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(name) == value and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
 
 
 @pytest.fixture(autouse=True, scope="session")

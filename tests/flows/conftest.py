@@ -16,7 +16,7 @@ from prefect.testing.utilities import prefect_test_harness
 from pipeline.publish import find_run, read_latest
 from pipeline.storage import open_store
 from pipeline.train import staging
-from tests.conftest import wait_for
+from tests.conftest import processes_with, wait_for
 
 BIN = Path(sys.executable).parent
 
@@ -32,19 +32,19 @@ class Command:
     def start(self, *arguments: str) -> subprocess.Popen[str]:
         command = [str(BIN / "lenet"), "train", "--storage", self.storage, *arguments]
         return subprocess.Popen(
-            command, env=self.env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+            command,
+            env=self.env,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+            # Tests that run in the background of a shell ignore Ctrl-C, and so would this, as it should.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
-    def processes(self) -> list[str]:
+    def processes(self) -> list[psutil.Process]:
         """What still runs of it, and of all that it started."""
-        found = []
-        for process in psutil.process_iter():
-            try:
-                if process.environ().get("LENET_TEST") == str(self.folder) and process.status() != "zombie":
-                    found.append(" ".join(process.cmdline()))
-            except psutil.Error:
-                continue
-        return found
+        return processes_with("LENET_TEST", str(self.folder))
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import psutil
 
 from infra.__main__ import _found
 from infra.stack import MARK
-from tests.conftest import free_ports, free_range
+from tests.conftest import free_ports, free_range, processes_with
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -32,14 +32,7 @@ class Running:
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
     def processes(self) -> list[psutil.Process]:
-        found = []
-        for process in psutil.process_iter():
-            try:
-                if process.environ().get(MARK) == str(self.folder) and process.status() != "zombie":
-                    found.append(process)
-            except psutil.Error:
-                continue
-        return found
+        return processes_with(MARK, str(self.folder))
 
     def prefect(self, *arguments: str) -> str:
         """A command of Prefect's, on this stack; what it prints."""

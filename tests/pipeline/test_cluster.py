@@ -2,17 +2,23 @@
 
 import json
 import math
+import os
 import re
 import socket
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from fractions import Fraction
+from typing import Any
 
 import pytest
 import ray
 from hypothesis import example, given
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID, FAKE_HEAD_NODE_TYPE
 from ray.cluster_utils import Cluster
 from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
 
@@ -26,6 +32,7 @@ from pipeline.cluster import (
     run_on_ray,
 )
 from pipeline.errors import ClusterError, ConfigError
+from tests.conftest import free_ports, processes_with
 
 Node = dict[str, float]
 KEY, NAMESPACE = b"CLUSTER_METADATA", b"cluster"  # where a head keeps what it runs
@@ -171,6 +178,90 @@ def test_other_versions_on_the_cluster_are_one_line(cluster: Cluster) -> None:
     config = ClusterConfig(workers=1, ray_address=cluster.address)
     with pytest.raises(ClusterError, match=message), ray_session(config):
         pass
+
+
+@pytest.fixture(scope="module")
+def growing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Address of a head that offers nothing, whose autoscaler may start three nodes, here: two of CPUs, one of a GPU.
+
+    The GPU is one by name only: it is placed, and nothing is computed on it.
+    """
+    [port] = free_ports(1)
+    config = tmp_path_factory.mktemp("growing") / "autoscaler.json"
+    config.write_text(json.dumps(autoscaler(f"127.0.0.1:{port}")))
+    env = os.environ | {
+        "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+        "RAY_FAKE_CLUSTER": "1",
+        "RAY_CLOUD_INSTANCE_ID": FAKE_HEAD_NODE_ID,
+        "RAY_OVERRIDE_NODE_ID_FOR_TESTING": FAKE_HEAD_NODE_ID,
+        "LENET_TEST": str(config),
+    }
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--node-ip-address", "127.0.0.1"]
+    command += ["--port", str(port), "--num-cpus", "0", "--min-worker-port", "0", "--max-worker-port", "0"]
+    command += ["--include-dashboard", "false", "--disable-usage-stats", "--autoscaling-config", str(config)]
+    try:
+        subprocess.run(command, env=env, check=True, capture_output=True)
+        yield f"127.0.0.1:{port}"
+    finally:
+        ray.shutdown()
+        for process in processes_with("LENET_TEST", str(config)):
+            process.kill()
+
+
+def autoscaler(address: str) -> dict[str, object]:
+    """Settings as `ray up` writes them, for Ray's own provider of nodes that are processes of the head's machine."""
+    groups = {
+        FAKE_HEAD_NODE_TYPE: {"resources": {}, "node_config": {}, "max_workers": 0},
+        "cpu": {"resources": {"CPU": 1}, "node_config": {}, "min_workers": 0, "max_workers": 2},
+        "gpu": {"resources": {"CPU": 1, "GPU": 1}, "node_config": {}, "min_workers": 0, "max_workers": 1},
+    }
+    lists = ("initialization", "setup", "head_setup", "worker_setup", "head_start_ray", "worker_start_ray")
+    return {
+        "cluster_name": "growing",
+        "max_workers": 3,
+        "idle_timeout_minutes": 10,
+        "upscaling_speed": 1.0,
+        "provider": {
+            "type": "fake_multinode",
+            "launch_multiple": True,
+            "head_node_id": FAKE_HEAD_NODE_ID,
+            "gcs_address": address,
+        },
+        "available_node_types": groups,
+        "head_node_type": FAKE_HEAD_NODE_TYPE,
+        "auth": {},
+        "docker": {},
+        "file_mounts": {},
+        "cluster_synced_files": [],
+        "file_mounts_sync_continuously": False,
+        "rsync_exclude": [],
+        "rsync_filter": [],
+        **{f"{name}_commands": [] for name in lists},
+    }
+
+
+def test_workers_without_room_have_the_cluster_grow(growing: str) -> None:
+    with ray_session(ClusterConfig(workers=2, ray_address=growing)) as gpu:
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        assert placeable(nodes, cpus=1, gpus=0) >= 2
+    assert not gpu
+    with ray_session(ClusterConfig(workers=1, gpu="yes", ray_address=growing)) as gpu:
+        assert ray.cluster_resources()["GPU"] == 1
+    assert gpu
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"workers": 9}, r"^workers=9: Ray has room for \d on \d CPUs"),
+        ({"workers": 2, "gpu": "yes"}, "^gpu='yes': 2 workers need a GPU each and Ray has 1; "),
+    ],
+)
+def test_more_workers_than_a_cluster_can_grow_to_are_refused(growing: str, given: dict[str, Any], said: str) -> None:
+    started = time.monotonic()
+    with pytest.raises(ConfigError, match=said), ray_session(ClusterConfig(ray_address=growing, **given)):
+        pass
+    assert time.monotonic() - started < 30
 
 
 def test_a_server_that_is_not_ray_is_one_line_at_once() -> None:

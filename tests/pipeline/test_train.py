@@ -34,7 +34,7 @@ from pipeline.source import Source
 from pipeline.storage import Store, open_store
 from pipeline.train import find_training, fit, staging
 from pipeline.worker import train_worker
-from tests.conftest import wait_for
+from tests.conftest import processes_with, wait_for
 
 Splits = dict[str, tuple[Pixels, Pixels]]
 Weights = dict[str, torch.Tensor]
@@ -169,8 +169,8 @@ manifest = require_manifest(store, {manifest.folder!r})
 fit(store, {run_id!r}, manifest, TrainConfig(epochs=1, shift=1, checkpoint_steps=20),
     ClusterConfig(workers={workers}, cpus_per_worker=0.5, gpu="no"), LoadConfig(loading={loading!r}))
 """
-    marker = f"LENET_TEST={run_id}-{workers}"
-    driver = subprocess.Popen([sys.executable, "-c", script], env={**os.environ, "LENET_TEST": f"{run_id}-{workers}"})
+    name = f"{run_id}-{workers}"
+    driver = subprocess.Popen([sys.executable, "-c", script], env={**os.environ, "LENET_TEST": name})
     seen: set[str] = set()
 
     def written() -> bool:
@@ -183,7 +183,7 @@ fit(store, {run_id!r}, manifest, TrainConfig(epochs=1, shift=1, checkpoint_steps
     driver.wait()
     assert find_training(store, run_id) is None, "it was over before it could be killed"
     assert seen
-    wait_for(lambda: not processes_with(marker), 60)  # a local Ray goes with its driver
+    wait_for(lambda: not processes_with("LENET_TEST", name), 60)  # a local Ray goes with its driver
 
 
 def test_more_workers_than_images_in_the_last_batch_agree_too(
@@ -292,16 +292,3 @@ def ray_processes(kind: str) -> list[psutil.Process]:
     """Processes of this test's own Ray whose title says `kind`."""
     mine = {process.pid for process in psutil.Process().children(recursive=True)}
     return [p for p in psutil.process_iter(["cmdline"]) if p.pid in mine and kind in " ".join(p.info["cmdline"] or [])]
-
-
-def processes_with(marker: str) -> list[psutil.Process]:
-    """Processes that carry NAME=value in their environment."""
-    name, _, value = marker.partition("=")
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get(name) == value and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-        except (psutil.NoSuchProcess, psutil.AccessDenied):
-            continue
-    return found
