@@ -1,8 +1,6 @@
 """The command line: `lenet train` with the flow's parameters, and `lenet tune`, `runs`, `data` and `layers`."""
 
 import importlib.metadata
-import os
-import signal
 import sys
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
@@ -12,6 +10,7 @@ from cyclopts.validators import Number
 from rich.console import Console
 from rich.table import Table
 
+from flows import server
 from flows.data import data
 from flows.display import Display
 from flows.models import export, gc, index, models, promote, reproduce, retention, rollback, verify
@@ -22,8 +21,8 @@ from flows.runs import runs
 from flows.tune import tune
 from lenet.model import LeNet, layer_table
 from pipeline.config import config_of
-from pipeline.errors import ConfigError, PipelineError, Terminated
-from pipeline.run import RunConfig, check, ray_ahead
+from pipeline.errors import PipelineError, Terminated
+from pipeline.run import RunConfig, check, import_ahead, ray_ahead
 
 app = App(
     name="lenet",
@@ -47,27 +46,6 @@ app.command(gc)
 app.command(retention)
 app.command(tune)
 
-# Nothing is scheduled on a server that lives as long as one command: 15 s to start without these, not 18.
-UNUSED_SERVICES = (
-    "SCHEDULER",
-    "LATE_RUNS",
-    "PAUSE_EXPIRATIONS",
-    "CANCELLATION_CLEANUP",
-    "FOREMAN",
-    "REPOSSESSOR",
-    "TRIGGERS",
-    "EVENT_LOGGER",
-    "CLEANUP_RECONCILER",
-)
-# Prefect's ephemeral server, for people without a server of their own. Read when prefect is imported.
-QUIET_PREFECT = {
-    "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "true",
-    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
-    "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",  # the terminal is ours; the server keeps all logs
-    "PREFECT_LOGGING_EXTRA_LOGGERS": "pipeline,flows",
-    **{f"PREFECT_SERVER_SERVICES_{service}_ENABLED": "false" for service in UNUSED_SERVICES},
-}
-
 
 @app.command
 @with_parameters(RunConfig, option)
@@ -75,14 +53,14 @@ def train(**parameters: Any) -> None:
     """Run the whole pipeline: download, shard, train, evaluate, publish."""
     config = config_of(parameters, RunConfig)
     check(config)  # the flow does so too, but only once Prefect is up
-    for name, value in QUIET_PREFECT.items():
-        os.environ.setdefault(name, value)
+    server.begin()
     with ray_ahead(config), Display(Console()) as display:
         from prefect.exceptions import TerminationSignal
 
-        from flows.train_lenet import train_lenet  # after the settings above, for it imports prefect
+        from flows.train_lenet import train_lenet  # after the server's settings, for it imports prefect
 
-        _start_prefect()
+        import_ahead()
+        server.require()
         try:
             published = train_lenet(**parameters)
         except TerminationSignal:
@@ -90,30 +68,6 @@ def train(**parameters: Any) -> None:
     display.console.print(
         f"test accuracy {published.accuracy:.4f} · report: {published.report}", soft_wrap=True, highlight=False
     )
-
-
-def _start_prefect() -> None:
-    """Start the ephemeral server, if there is to be one, deaf to Ctrl-C. ConfigError when another does not answer.
-
-    A terminal sends Ctrl-C to every process in the foreground. Were the server to stop too, the flow would wait for
-    it, for more than a minute, to report that it was interrupted. Children inherit the blocked signal.
-    """
-    from prefect import get_client
-    from prefect.settings import get_current_settings
-
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        with get_client(sync_client=True) as client:
-            trouble = client.api_healthcheck()
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-    if trouble is not None:
-        raise ConfigError(
-            "PREFECT_API_URL",
-            get_current_settings().api.url,
-            f"no Prefect server answers there ({trouble})",
-            "start it, or unset the variable, and `prefect profile`, for a server that lives as long as this command",
-        )
 
 
 @app.command
@@ -153,7 +107,3 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt as interrupt:
         print("lenet: interrupted; the same --run-id goes on from the last checkpoint", file=sys.stderr)
         sys.exit(143 if isinstance(interrupt, Terminated) else 130)
-
-
-if __name__ == "__main__":
-    main()

@@ -39,6 +39,7 @@ RAY_TRAIN_SETTINGS = {
 # A local Ray is not preempted: its watcher would take 2 s of a core to start, before the first step.
 LOCAL_RAY_SETTINGS = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
 _connecting = threading.Lock()
+_wanted_no_more = threading.Event()  # the Ray that was started ahead
 CONNECT_TIMEOUT_S = 5
 # Ray itself would try for ever to connect to an address where something else listens.
 CONNECT_PATIENCE_S = 25
@@ -167,27 +168,28 @@ def check_cluster(config: ClusterConfig) -> None:
 
 @contextlib.contextmanager
 def ray_ahead(config: ClusterConfig) -> Iterator[None]:
-    """Start a local Ray, if one is to be started at all, in the background; `ray_session` then finds it running."""
+    """Start a local Ray, if one is to be started at all, in the background; it goes after the first `ray_session`."""
     if config.ray_address is not None:
         yield
         return
 
-    def start() -> None:
+    def live() -> None:
         with contextlib.suppress(Exception), _connecting:  # ray_session will try again, and say what is wrong
             _connect(config)
         started.set()
-        ended.wait()  # Ray's processes die with the thread that started them
+        _wanted_no_more.wait()  # Ray's processes die with the thread that started them
+        with _connecting:
+            ray.shutdown()
 
-    started, ended = threading.Event(), threading.Event()
-    thread = threading.Thread(target=start, name="ray", daemon=True)
+    started = threading.Event()
+    _wanted_no_more.clear()
+    thread = threading.Thread(target=live, name="ray", daemon=True)
     thread.start()
     try:
         yield
     finally:
         started.wait()  # Ray ends the whole process, without a word, when it is shut down under a call
-        with _connecting:
-            ray.shutdown()
-        ended.set()
+        _wanted_no_more.set()
         thread.join()
 
 
@@ -209,6 +211,8 @@ def ray_session(config: ClusterConfig) -> Iterator[bool]:
         finally:
             if started:
                 ray.shutdown()
+            elif local:
+                _wanted_no_more.set()
 
 
 def use_interface_of_ray() -> None:

@@ -4,9 +4,11 @@ Each step is safe to repeat: it finds what an earlier attempt finished and goes 
 """
 
 import contextlib
+import importlib
 import importlib.metadata
 import platform
 import subprocess
+import threading
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -54,6 +56,8 @@ MAY_CHANGE = {
     *PromoteConfig.model_fields,
 }
 RAY_FROM_BYTES = 2**30
+# What is imported only once it is called for, after the training: 3 s.
+LATE_IMPORTS = ("torch._dynamo", "onnxscript", "onnxruntime", "matplotlib.figure")
 RECORDED_PACKAGES = ("lenet-pipeline", "torch", "torchvision", "ray", "pyarrow", "prefect", "s3fs", "numpy")
 
 
@@ -172,6 +176,11 @@ def ray_ahead(config: RunConfig) -> contextlib.AbstractContextManager[None]:
     return pipeline.cluster.ray_ahead(config)
 
 
+def import_ahead() -> None:
+    """Import what the steps after the training want, in the background, while this process waits for others."""
+    threading.Thread(target=lambda: [*map(importlib.import_module, LATE_IMPORTS)], name="imports", daemon=True).start()
+
+
 def train(
     config: RunConfig,
     manifest: Manifest,
@@ -180,6 +189,8 @@ def train(
 ) -> Training:
     """Train the candidate; `on_epoch` hears of every epoch, `on_now` of how far one is."""
     store, run_id = open_store(config.storage), _run_id(config)
+    if config.ray_address is not None:
+        import_ahead()  # on a laptop's own Ray, the workers need every core
     if config.by_job:
         asked = pipeline.jobs.request(config.model_dump(mode="json"), manifest.folder)
         return pipeline.jobs.train_by_job(store, run_id, str(config.ray_address), asked, on_epoch, on_now)
