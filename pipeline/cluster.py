@@ -16,8 +16,12 @@ import psutil
 import ray
 import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
-from ray._raylet import GcsClient
-from ray.core.generated.autoscaler_pb2 import AutoscalingState, GetClusterStatusReply
+from ray._raylet import GcsClient  # type: ignore[attr-defined]
+from ray.autoscaler.v2.utils import is_autoscaler_v2
+from ray.core.generated.autoscaler_pb2 import (  # type: ignore[attr-defined]
+    AutoscalingState,
+    GetClusterStatusReply,
+)
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -252,7 +256,8 @@ def _find_room(config: ClusterConfig) -> bool:
     try:
         return decide_gpu(config, nodes)
     except ConfigError as refusal:
-        if config.ray_address is None:
+        # Of an autoscaler of the first version, nobody can tell what it will do.
+        if config.ray_address is None or not is_autoscaler_v2(fetch_from_server=True):
             raise
         gpu = config.gpu == "yes"
         # What stays unplaced for a moment is what an autoscaler acts on.
@@ -323,6 +328,7 @@ def _connect(config: ClusterConfig) -> None:
     except TimeoutError:
         raise _no_cluster(config, TimeoutError(f"not within {CONNECT_PATIENCE_S} s")) from None
     except (ConnectionError, RuntimeError, ValueError) as error:
+        ray.shutdown()  # half connected, it would show the next cluster's nodes as this one's
         if "Version mismatch" in str(error):
             raise ClusterError(
                 f"ray_address={config.ray_address!r}: {' '.join(str(error).split())}; install the same versions on both"

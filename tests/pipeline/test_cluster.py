@@ -18,7 +18,11 @@ import ray
 from hypothesis import example, given
 from hypothesis import strategies as st
 from pydantic import ValidationError
-from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID, FAKE_HEAD_NODE_TYPE
+from ray.autoscaler._private.fake_multi_node.node_provider import (
+    FAKE_HEAD_NODE_ID,
+    FAKE_HEAD_NODE_TYPE,
+    FakeMultiNodeProvider,
+)
 from ray.cluster_utils import Cluster
 from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
 
@@ -186,18 +190,30 @@ def growing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
     The GPU is one by name only: it is placed, and nothing is computed on it.
     """
-    [port] = free_ports(1)
+    port, client_port = free_ports(2)
     config = tmp_path_factory.mktemp("growing") / "autoscaler.json"
     config.write_text(json.dumps(autoscaler(f"127.0.0.1:{port}")))
     env = os.environ | {
         "AUTOSCALER_UPDATE_INTERVAL_S": "1",
         "RAY_FAKE_CLUSTER": "1",
+        "RAY_enable_autoscaler_v2": "1",
         "RAY_CLOUD_INSTANCE_ID": FAKE_HEAD_NODE_ID,
         "RAY_OVERRIDE_NODE_ID_FOR_TESTING": FAKE_HEAD_NODE_ID,
         "LENET_TEST": str(config),
     }
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--node-ip-address", "127.0.0.1"]
-    command += ["--port", str(port), "--num-cpus", "0", "--min-worker-port", "0", "--max-worker-port", "0"]
+    command += [
+        "--port",
+        str(port),
+        "--ray-client-server-port",
+        str(client_port),
+        "--num-cpus",
+        "0",
+        "--min-worker-port",
+        "0",
+        "--max-worker-port",
+        "0",
+    ]
     command += ["--include-dashboard", "false", "--disable-usage-stats", "--autoscaling-config", str(config)]
     try:
         subprocess.run(command, env=env, check=True, capture_output=True)
@@ -222,7 +238,8 @@ def autoscaler(address: str) -> dict[str, object]:
         "idle_timeout_minutes": 10,
         "upscaling_speed": 1.0,
         "provider": {
-            "type": "fake_multinode",
+            "type": "external",
+            "module": f"{FakeMultiNodeProvider.__module__}.{FakeMultiNodeProvider.__qualname__}",
             "launch_multiple": True,
             "head_node_id": FAKE_HEAD_NODE_ID,
             "gcs_address": address,
