@@ -16,6 +16,8 @@ from uuid import UUID
 import httpx
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import (
+    FlowFilter,
+    FlowFilterName,
     FlowRunFilter,
     FlowRunFilterState,
     FlowRunFilterStateType,
@@ -33,6 +35,7 @@ from pipeline.errors import PipelineError
 
 log = logging.getLogger(__name__)
 
+TRAINING = "train-lenet"  # the flow; what is predicted ends by itself
 TAG = "lenet"  # of the deployments in prefect.yaml, and so of their flow runs
 POLL_S = 5
 # A worker reports a crash that its process monitor has reported before, up to 12 s later: over a run that is under way
@@ -67,7 +70,7 @@ def stop_left(client: SyncPrefectClient, now: datetime, seen: set[UUID]) -> list
     """Stop the jobs of cancelled flow runs, each flow run looked at once and kept in `seen`; the runs that were still
     trained."""
     stopped = []
-    for found in _find(client, StateType.CANCELLED):
+    for found in _find(client, StateType.CANCELLED, FlowFilter(name=FlowFilterName(any_=[TRAINING]))):
         if found.id in seen or not _settled(found, now):
             continue
         try:
@@ -89,8 +92,9 @@ def _settled(found: FlowRun, now: datetime) -> bool:
     return SETTLED <= now - found.state.timestamp <= FORGOTTEN
 
 
-def _find(client: SyncPrefectClient, state: StateType) -> list[FlowRun]:
+def _find(client: SyncPrefectClient, state: StateType, flows: FlowFilter | None = None) -> list[FlowRun]:
     return client.read_flow_runs(
+        flow_filter=flows,
         flow_run_filter=FlowRunFilter(
             tags=FlowRunFilterTags(all_=[TAG]),
             state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[state])),

@@ -7,7 +7,7 @@ from prefect import flow, task
 from prefect.artifacts import create_markdown_artifact
 
 from flows.parameters import with_parameters
-from flows.train_lenet import STEP
+from flows.train_lenet import STEP, as_prefect_knows_it
 from pipeline import batch
 from pipeline.batch import BatchReport, PredictConfig, render_batch
 from pipeline.config import config_of
@@ -16,7 +16,8 @@ from pipeline.config import config_of
 @task(**STEP)  # as long as it takes: a job that broke off goes on where it stopped
 def predict(config: PredictConfig) -> BatchReport:
     """Predict all images of the source, and show in Prefect what came of it."""
-    report = batch.predict_batch(config)
+    with as_prefect_knows_it():
+        report = batch.predict_batch(config)
     create_markdown_artifact(render_batch(report), key="predictions")
     return report
 

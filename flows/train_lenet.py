@@ -1,8 +1,9 @@
 """The flow `train-lenet`: one task for each step, each task one call into `pipeline.run`."""
 
+import contextlib
 import logging
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -50,6 +51,15 @@ def _may_pass(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> boo
     return True
 
 
+@contextlib.contextmanager
+def as_prefect_knows_it() -> Iterator[None]:
+    """An end by SIGTERM, by which Prefect tells whether a flow run was cancelled or has to be run again."""
+    try:
+        yield
+    except Terminated:
+        raise TerminationSignal(signal.SIGTERM) from None
+
+
 def _outcome(step: str) -> Callable[..., str | None]:
     """A cache key that exists once the step's outcome is in the store, and goes when the outcome goes."""
     return lambda context, parameters: run.outcome(step, parameters["config"])
@@ -91,10 +101,8 @@ def train(config: RunConfig, manifest: Manifest) -> Training:
     def on_now(now: Now) -> None:
         now_log.info("%s", now, extra={"now": now, "epochs": epochs, "images": manifest.rows("train")})
 
-    try:
+    with as_prefect_knows_it():
         return run.train(config, manifest, on_epoch, on_now)
-    except Terminated:  # Prefect tells by this whether it was cancelled or has to be run again
-        raise TerminationSignal(signal.SIGTERM) from None
 
 
 @task(**STEP, timeout_seconds=HOUR, cache_key_fn=_outcome("export"))

@@ -215,7 +215,7 @@ def _deploy(stack: Stack) -> None:
     _prefect("work-pool", "create", "lenet", "--type", "process", "--overwrite")
     for name, parameters in {
         "train-lenet": {"storage": stack.storage, "ray_address": stack.ray_jobs},
-        "predict-lenet": {"model": stack.storage, "ray_address": stack.ray_address},
+        "predict-lenet": {"model": stack.storage, "ray_address": stack.ray_jobs},
         "retention": {"storage": stack.storage},
     }.items():
         given = [word for key, value in parameters.items() for word in ("--param", f"{key}={value}")]

@@ -9,12 +9,8 @@ set -eu
 prefect --no-prompt work-pool create lenet --type process --overwrite
 prefect --no-prompt deploy --name train-lenet/train-lenet \
     --param "storage=$LENET_STORAGE" --param "ray_address=$LENET_RAY_ADDRESS"
-# By http, only training can be handed over: predictions then run on a Ray of their own, beside the Prefect worker.
-case $LENET_RAY_ADDRESS in
-    http*) set -- ;;
-    *) set -- --param "ray_address=$LENET_RAY_ADDRESS" ;;
-esac
-prefect --no-prompt deploy --name predict-lenet/predict-lenet --param "model=$LENET_STORAGE" "$@"
+prefect --no-prompt deploy --name predict-lenet/predict-lenet \
+    --param "model=$LENET_STORAGE" --param "ray_address=$LENET_RAY_ADDRESS"
 prefect --no-prompt deploy --name retention/retention --param "storage=$LENET_STORAGE"
 # Prefect would take an automation of the same name a second time: those of a version before go first.
 for name in $(sed -n 's/^  - name: //p' infra/automations.yaml); do

@@ -8,10 +8,11 @@ manifest.json            conditional create: from here on these are the predicti
 import logging
 import re
 from datetime import UTC, datetime
+from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from pipeline import scorer
+from pipeline import jobs, scorer
 from pipeline.cluster import MAX_WORKERS, ClusterConfig, check_cluster
 from pipeline.errors import ConfigError, DataError, first_line
 from pipeline.feed import Feed, find_feed, source_digest
@@ -59,7 +60,9 @@ class PredictConfig(BaseModel):
         2, ge=1, le=MAX_WORKERS, description="Processes that predict, each on a CPU; fewer if other work has the CPUs."
     )
     ray_address: str | None = Field(
-        None, description="Ray cluster to predict on: auto or host:port. A local Ray is started if not given."
+        None,
+        description="Ray cluster to predict on: auto or host:port connects to it, http://host:8265 of its dashboard "
+        "submits a Ray job, which outlives this process. A local Ray is started if not given.",
     )
 
     @property
@@ -110,7 +113,8 @@ def predict_batch(config: PredictConfig) -> BatchReport:
     predictions; DataError for a source that is torn or changes meanwhile; ClusterError when no CPU comes free.
     """
     output = _output(config)
-    check_cluster(config.cluster)
+    cluster = config.cluster
+    jobs.connect(str(cluster.ray_address)) if cluster.by_job else check_cluster(cluster)
     served = open_model(config.model)
     feed = find_feed(config.source, config.image_column, served.image_shape[0])
     if feed.whole and f"{output.root}/".startswith(f"{feed.store.root}/"):
@@ -120,8 +124,10 @@ def predict_batch(config: PredictConfig) -> BatchReport:
         log.info("%s: %s images were predicted before, nothing to do", done.output, f"{done.images:,}")
         return _report(done)
     output.check_writable()
+    if cluster.by_job:
+        return _report(jobs.by_job(str(cluster.ray_address), _work(output, config, content)))
     job = Job(feed.store, output, served, config.image_column, config.invert, content)
-    predicted = scorer.predict_units(job, feed, config.cluster)
+    predicted = scorer.predict_units(job, feed, cluster)
     if source_digest(config.source) != feed.digest:
         _forget(job)
         raise DataError(f"{config.source}: changed while it was read; let it rest and run again")
@@ -173,6 +179,20 @@ def _content(config: PredictConfig, served: Served, feed: Feed) -> str:
     """A name for what is predicted, by which model and how."""
     made_of = [FORMAT_VERSION, feed.digest, [unit.rows for unit in feed.units], config.image_column, config.invert]
     return sha256(repr([*made_of, served.place, served.model_sha256]).encode())[:16]
+
+
+def _work(output: Store, config: PredictConfig, content: str) -> jobs.Work[BatchManifest]:
+    """The same as a job, which has a working directory of its own."""
+    places = {
+        name: place if "://" in place else str(Path(place).absolute())
+        for name, place in config.model_dump(include={"source", "output", "model"}).items()
+    }
+    return jobs.Work(
+        name=f"predict-{content}-{sha256(output.url.encode())[:8]}",
+        asked={"work": "predict", "parameters": config.model_dump(mode="json") | places, "versions": jobs.versions()},
+        metadata={"source": config.source, "storage": output.url},
+        find=lambda: _find(output, config, content),
+    )
 
 
 def _find(output: Store, config: PredictConfig, content: str) -> BatchManifest | None:

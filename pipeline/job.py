@@ -1,7 +1,8 @@
 """What runs on the head of a Ray cluster as a job: `python -m pipeline.job REQUEST`, submitted by pipeline/jobs.py.
 
-The request is JSON: the run's parameters, the folder of its dataset in the store, and the versions of where it was
-begun, which have to be those of this machine. What a failure says is the last line of the output, as JSON.
+The request is JSON: which work, to train or to predict; its parameters; for a training, the folder of its dataset in
+the store; and the versions of where it was begun, which have to be those of this machine. What a failure says is the
+last line of the output, as JSON.
 """
 
 import json
@@ -10,6 +11,7 @@ import os
 import sys
 
 from pipeline import run
+from pipeline.batch import PredictConfig, predict_batch
 from pipeline.config import config_of
 from pipeline.errors import PipelineError, Terminated
 from pipeline.jobs import require_versions
@@ -18,7 +20,7 @@ from pipeline.storage import open_store
 
 
 def main(argument: str) -> None:
-    """Train; exit code 0 when the training is in the store."""
+    """Do the work; exit code 0 when what it leaves is in the store."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
     logging.getLogger("pipeline").setLevel(logging.INFO)
     logging.getLogger("pipeline.worker").propagate = False  # whoever follows the run hears the workers, too
@@ -27,9 +29,12 @@ def main(argument: str) -> None:
         require_versions(asked["versions"])
         # Not "auto", which finds whichever cluster was started last on this machine.
         here = {"ray_address": os.environ["RAY_ADDRESS"]}
-        config = config_of(asked["parameters"] | here, run.RunConfig)
-        manifest = require_manifest(open_store(config.storage), asked["dataset"])
-        run.train(config, manifest)
+        parameters = asked["parameters"] | here
+        if asked["work"] == "predict":
+            predict_batch(config_of(parameters, PredictConfig))
+        else:
+            config = config_of(parameters, run.RunConfig)
+            run.train(config, require_manifest(open_store(config.storage), asked["dataset"]))
     except PipelineError as error:
         _end(error, error.exit_code)
     except Terminated as error:

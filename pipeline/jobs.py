@@ -1,6 +1,6 @@
-"""Training as a Ray job: submitted to a cluster's head, followed, found again after this process died, and stopped.
+"""Work as a Ray job: submitted to a cluster's head, followed, found again after this process died, and stopped.
 
-The job is a process on the head (`pipeline/job.py`), so the training lives on when whoever submitted it is gone. This
+The job is a process on the head (`pipeline/job.py`), so the work lives on when whoever submitted it is gone. This
 package's code goes with it; all else, PyTorch and credentials included, has to be on the cluster's machines.
 """
 
@@ -12,9 +12,10 @@ import platform
 import shlex
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import ray
 import requests
@@ -35,11 +36,28 @@ log = logging.getLogger(__name__)
 CONNECT_TIMEOUT_S, READ_TIMEOUT_S = 5, 30
 POLL_S = 1
 OUTAGE_S = 60  # how long a head that does not answer is waited for, once it has
-STOP_S = 8  # how long a training may take to leave its checkpoint, before its job is stopped
-LOST_JOBS = 3  # how many jobs of one run may vanish with the head they ran on
+STOP_S = 8  # how long a job may take to end by itself, a training to leave its checkpoint, before it is stopped
+LOST_JOBS = 3  # how many jobs of one work may vanish with the head they ran on
 CODE = ("lenet", "pipeline")
 # What decides the numbers, beside the code that comes with the job.
 SAME = ("torch", "ray", "numpy", "pyarrow")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Work(Generic[Result]):
+    """What a job does. Its name is that of no other work on the cluster; `asked` is what pipeline/job.py takes.
+
+    `find` is what it has left in the store, None before it has finished. `ask_stop` lets it end by itself, for which it
+    has STOP_S; `followed` is what goes on here meanwhile.
+    """
+
+    name: str
+    asked: dict[str, Any]
+    metadata: dict[str, str]
+    find: Callable[[], Result | None]
+    ask_stop: Callable[[], None] | None = None
+    followed: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
 
 
 class Client(JobSubmissionClient):
@@ -73,11 +91,6 @@ def connect(address: str) -> Client:
     return client
 
 
-def request(parameters: dict[str, Any], dataset: str) -> dict[str, Any]:
-    """What a job is asked to do: the run with these parameters and the dataset in this folder, on its own cluster."""
-    return {"parameters": parameters, "dataset": dataset, "versions": versions()}
-
-
 def versions() -> dict[str, str]:
     """Of Python and of the packages that have to be the same on the cluster as where the run was begun."""
     return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in SAME}
@@ -91,73 +104,85 @@ def require_versions(asked: dict[str, str]) -> None:
         raise ClusterError(f"the cluster has {'; '.join(other)}; install the same versions as where the run begins")
 
 
-def train_by_job(
-    store: Store, run_id: str, address: str, asked: dict[str, Any], on_epoch: OnEpoch, on_now: OnNow
-) -> Training:
-    """Train on the cluster at `address`, by the job of this run that is at work there, or else by a new one.
+def by_job(address: str, work: Work[Result]) -> Result:
+    """Have it done on the cluster at `address`, by the job that is at it, or else by a new one.
 
-    `asked` is the `request` that pipeline/job.py takes. When this call ends before the job, by Ctrl-C, SIGTERM or
-    cancellation, the training is asked to leave a checkpoint, and is stopped. Raises what the training raised, and
-    ClusterError when the cluster is gone.
+    When this call ends before the job, by Ctrl-C, SIGTERM or cancellation, the job is stopped. Raises what was raised
+    in the job, and ClusterError when the cluster is gone.
     """
     lost = 0
-    while (done := find_training(store, run_id)) is None:
+    while (done := work.find()) is None:
         client = connect(address)
-        job = _find(client, store, run_id) or _submit(client, store, run_id, asked)
+        job = _find(client, work) or _submit(client, work)
         log.info("following job %s", job)
-        with followed(store, staging(run_id), on_epoch, on_now), _stopped_with_us(client, store, run_id, job):
+        with work.followed(), _stopped_with_us(client, work, job):
             status = _wait(client, job)
         if status is None:
             lost += 1
             if lost > LOST_JOBS:
-                raise ClusterError(f"ray_address={address!r}: {lost} jobs of run {run_id} vanished; see the head's log")
+                raise ClusterError(f"ray_address={address!r}: {lost} jobs {work.name} vanished; see the head's log")
             log.warning("the head has forgotten job %s; submitting another", job)
         elif status != JobStatus.SUCCEEDED:
             raise _error(client, job, status)
-        elif find_training(store, run_id) is None:
-            raise TrainingError(f"job {job} ended well and left no training in {store.url}; is that the store it uses?")
+        elif work.find() is None:
+            where = work.metadata["storage"]
+            raise TrainingError(f"job {job} ended well and left nothing in {where}; is that the store it uses?")
     return done
 
 
-def stop(store: Store, run_id: str, address: str) -> bool:
-    """Stop the job that trains this run, whoever submitted it; whether there was one. Raises ClusterError."""
+def training(
+    store: Store,
+    run_id: str,
+    parameters: dict[str, Any],
+    dataset: str,
+    on_epoch: OnEpoch = lambda epoch: None,
+    on_now: OnNow = lambda now: None,
+) -> Work[Training]:
+    """Training the run with these parameters on the dataset in this folder. Asked to stop, it leaves a checkpoint."""
+    return Work(
+        # Runs of two stores may have the same name, and share a cluster.
+        name=f"lenet-{run_id}-{sha256(store.url.encode())[:8]}",
+        asked={"work": "train", "parameters": parameters, "dataset": dataset, "versions": versions()},
+        metadata={"run_id": run_id, "storage": store.url},
+        find=lambda: find_training(store, run_id),
+        ask_stop=lambda: ask_to_stop(store, lease_key(staging(run_id))),
+        followed=lambda: followed(store, staging(run_id), on_epoch, on_now),
+    )
+
+
+def stop(address: str, work: Work[Any]) -> bool:
+    """Stop the job that is at it, whoever submitted it; whether there was one. Raises ClusterError."""
     client = connect(address)
-    job = _find(client, store, run_id)
+    job = _find(client, work)
     if job is not None:
-        _stop(client, store, run_id, job)
+        _stop(client, work, job)
     return job is not None
 
 
-def _prefix(store: Store, run_id: str) -> str:
-    # Runs of two stores may have the same name, and share a cluster.
-    return f"lenet-{run_id}-{sha256(store.url.encode())[:8]}-"
-
-
-def _find(client: Client, store: Store, run_id: str) -> str | None:
-    """The job of this run that has not ended."""
+def _find(client: Client, work: Work[Any]) -> str | None:
+    """The job that has not ended."""
     for found in client.list_jobs():
         name = str(found.submission_id)
-        if name.startswith(_prefix(store, run_id)) and not found.status.is_terminal():
+        if name.startswith(f"{work.name}-") and not found.status.is_terminal():
             return name
     return None
 
 
-def _submit(client: Client, store: Store, run_id: str, asked: dict[str, Any]) -> str:
+def _submit(client: Client, work: Work[Any]) -> str:
     """A new job. Numbered, so that of two who submit at once one is refused, and follows the other's."""
-    prefix = _prefix(store, run_id)
-    number = 1 + sum(str(found.submission_id).startswith(prefix) for found in client.list_jobs())
+    number = 1 + sum(str(found.submission_id).startswith(f"{work.name}-") for found in client.list_jobs())
     package = Path(__file__).parents[1]
     try:
         job: str = client.submit_job(
-            entrypoint=f"python -m pipeline.job {shlex.quote(json.dumps(asked))}",
-            submission_id=f"{prefix}{number}",
+            entrypoint=f"python -m pipeline.job {shlex.quote(json.dumps(work.asked))}",
+            submission_id=f"{work.name}-{number}",
             runtime_env={"py_modules": [str(package / name) for name in CODE]},
-            metadata={"run_id": run_id, "storage": store.url},
+            metadata=work.metadata,
         )
     except RuntimeError as error:
-        if other := _find(client, store, run_id):
+        if other := _find(client, work):
             return other
-        raise ClusterError(f"the job of run {run_id} was refused: {first_line(error)}") from None
+        raise ClusterError(f"job {work.name} was refused: {first_line(error)}") from None
     return job
 
 
@@ -174,8 +199,8 @@ def _wait(client: Client, job: str) -> JobStatus | None:
                 return None
             if time.monotonic() - answered > OUTAGE_S:
                 raise ClusterError(
-                    f"the cluster has not answered for {OUTAGE_S} s ({first_line(error)}); the same run_id goes on "
-                    "once it is back"
+                    f"the cluster has not answered for {OUTAGE_S} s ({first_line(error)}); the same again goes on once "
+                    "it is back"
                 ) from None
         else:
             answered = time.monotonic()
@@ -189,8 +214,8 @@ def _wait(client: Client, job: str) -> JobStatus | None:
 
 
 @contextlib.contextmanager
-def _stopped_with_us(client: Client, store: Store, run_id: str, job: str) -> Iterator[None]:
-    """A job that nobody waits for any more is stopped, with a checkpoint if it leaves one in time."""
+def _stopped_with_us(client: Client, work: Work[Any], job: str) -> Iterator[None]:
+    """A job that nobody waits for any more is stopped."""
 
     def terminate() -> None:
         raise Terminated
@@ -202,16 +227,17 @@ def _stopped_with_us(client: Client, store: Store, run_id: str, job: str) -> Ite
             raise
         except BaseException:
             with contextlib.suppress(requests.RequestException, RuntimeError, PipelineError):
-                _stop(client, store, run_id, job)
+                _stop(client, work, job)
             raise
 
 
-def _stop(client: Client, store: Store, run_id: str, job: str) -> None:
+def _stop(client: Client, work: Work[Any], job: str) -> None:
     log.warning("stopping job %s", job)
-    ask_to_stop(store, lease_key(staging(run_id)))
-    give_up = time.monotonic() + STOP_S
-    while time.monotonic() < give_up and not client.get_job_status(job).is_terminal():
-        time.sleep(POLL_S / 4)
+    if work.ask_stop is not None:
+        work.ask_stop()
+        give_up = time.monotonic() + STOP_S
+        while time.monotonic() < give_up and not client.get_job_status(job).is_terminal():
+            time.sleep(POLL_S / 4)
     client.stop_job(job)
 
 

@@ -192,14 +192,19 @@ def train(
     if config.ray_address is not None:
         import_ahead()  # on a laptop's own Ray, the workers need every core
     if config.by_job:
-        asked = pipeline.jobs.request(config.model_dump(mode="json"), manifest.folder)
-        return pipeline.jobs.train_by_job(store, run_id, str(config.ray_address), asked, on_epoch, on_now)
+        parameters = config.model_dump(mode="json")
+        work = pipeline.jobs.training(store, run_id, parameters, manifest.folder, on_epoch, on_now)
+        return pipeline.jobs.by_job(str(config.ray_address), work)
     return pipeline.train.fit(store, run_id, manifest, config, config, config, on_epoch, on_now)
 
 
 def stop(config: RunConfig, run_id: str) -> bool:
     """End a training that was submitted as a job, with a checkpoint if it leaves one in time; whether there was any."""
-    return config.by_job and pipeline.jobs.stop(open_store(config.storage), run_id, str(config.ray_address))
+    if not config.by_job:
+        return False
+    return pipeline.jobs.stop(
+        str(config.ray_address), pipeline.jobs.training(open_store(config.storage), run_id, {}, "")
+    )
 
 
 def export(config: RunConfig, manifest: Manifest, training: Training) -> Exported:

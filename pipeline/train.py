@@ -24,7 +24,7 @@ from pipeline.progress import ENDED, OnEpoch, OnNow, WriteProgress, followed
 from pipeline.recipe import TrainConfig
 from pipeline.shards import Manifest
 from pipeline.storage import Store, sha256
-from pipeline.trainer import Trainer, on_signal
+from pipeline.trainer import TellFailures, Trainer, cause_of, on_signal
 from pipeline.worker import RAY_FOLDER, Job, lease_key, train_worker
 
 log = logging.getLogger(__name__)
@@ -170,14 +170,14 @@ def _run_workers(
             storage_filesystem=store.arrow,
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=CHECKPOINTS_KEPT),
             failure_config=ray.train.FailureConfig(max_failures=MAX_FAILURES),
-            callbacks=[WriteProgress(store, staging(run_id))],  # type: ignore[list-item]
+            callbacks=[WriteProgress(store, staging(run_id)), TellFailures()],  # type: ignore[list-item]
         ),
     )
     try:
         checkpoint = trainer.fit().checkpoint
     except ray.train.TrainingFailedError as error:
         store.check_writable()  # a store that went away is the likelier cause, and its error says so
-        raise TrainingError(f"training failed {MAX_FAILURES + 1} times, at last with: {_cause(error)}") from error
+        raise TrainingError(f"training failed {MAX_FAILURES + 1} times, at last with: {cause_of(error)}") from error
     if checkpoint is None:
         return {}, Position()
     return read_state(store.read(job.state_key(Path(checkpoint.path).name)))
@@ -213,9 +213,3 @@ def _plain(job: Job, weights: dict[str, Tensor]) -> LeNet:
     model = job.recipe.build_model(len(job.manifest.classes), job.seed, report.pixel_mean, report.pixel_std)
     model.load_state_dict(weights)
     return fold_standardise(model)
-
-
-def _cause(error: BaseException) -> str:
-    """The last line of what the worker raised: its exception and message."""
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[-1].strip() if lines else type(error).__name__

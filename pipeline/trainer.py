@@ -6,13 +6,15 @@ of a core, before any worker is asked for; it would live no longer than this pro
 
 import asyncio
 import contextlib
+import logging
+import re
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import ray
-from ray.train import Result
+from ray.train import Result, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.torch.config import _TorchBackend
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
@@ -22,6 +24,10 @@ from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 from ray.train.v2._internal.execution.worker_group import WorkerGroup
 
 from pipeline.cluster import use_interface_of_ray
+
+log = logging.getLogger(__name__)
+
+OUT_OF_MEMORY = re.compile(r"Memory on the node \(IP: ([^,]+),[^)]*\) was (\S+) used / (\S+) limit")
 
 
 @contextlib.contextmanager
@@ -39,6 +45,24 @@ def on_signal(number: signal.Signals, act: Callable[[], None]) -> Iterator[None]
         yield
     finally:
         signal.signal(number, before)
+
+
+class TellFailures(UserCallback):
+    """Says in the log that a training goes on from its last checkpoint, and why it has to."""
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        """Called by Ray Train, with the error of each rank that has failed."""
+        causes = "; ".join(f"rank {rank}: {cause_of(error)}" for rank, error in sorted(worker_exceptions.items()))
+        log.warning("%s. All ranks start again, from the last checkpoint", causes)
+
+
+def cause_of(error: BaseException) -> str:
+    """Why a worker has failed: what Ray says of its machine's memory, or else the last line, an exception's message."""
+    if memory := OUT_OF_MEMORY.search(text := str(error)):
+        host, used, limit = memory.groups()
+        return f"{host} has run out of memory ({used} of {limit} used): ask for fewer workers, or more memory"
+    lines = [line for line in text.splitlines() if line.strip()]
+    return lines[-1].strip() if lines else type(error).__name__
 
 
 def _interrupt() -> None:
@@ -62,6 +86,7 @@ class Trainer(TorchTrainer):
     def _initialize_and_run_controller(self, scaling_policy: Any, **asked: Any) -> Result:
         if self.local and isinstance(scaling_policy, FixedScalingPolicy):
             scaling_policy = _NothingToScale(scaling_policy.scaling_config)
+        logging.getLogger(TrainController.__module__).setLevel(logging.CRITICAL)  # of pages; what it raises is told
         controller = _Controller(scaling_policy=scaling_policy, **asked)
         try:
             # asyncio's own handler of Ctrl-C is heard where the loop waits: nowhere, while looking at the workers takes

@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import ray
@@ -32,14 +31,10 @@ def address(stack: Running, bucket: Store) -> str:
     return _found(stack.folder).ray_jobs
 
 
-def train(store: Store, address: str, asked: dict[str, Any], run_id: str) -> Training:
-    return jobs.train_by_job(store, run_id, address, asked, lambda epoch: None, lambda now: None)
-
-
-def asked(store: Store, manifest: Manifest, run_id: str, **parameters: object) -> dict[str, Any]:
-    """What a job is asked to do, on the small splits."""
+def training(store: Store, manifest: Manifest, run_id: str, **parameters: object) -> jobs.Work[Training]:
+    """A training on the small splits."""
     given = {"storage": store.url, "run_id": run_id, "epochs": 5, "global_batch_size": 64, "lr": 0.1, **parameters}
-    return jobs.request(config_of(given, RunConfig).model_dump(mode="json"), manifest.folder)
+    return jobs.training(store, run_id, config_of(given, RunConfig).model_dump(mode="json"), manifest.folder)
 
 
 def test_an_address_without_a_cluster_is_one_line(stack: Running, address: str) -> None:
@@ -73,16 +68,16 @@ def test_what_the_job_finds_wrong_is_raised_here(
     bucket: Store, address: str, small_manifest: Callable[[Store], Manifest]
 ) -> None:
     manifest = small_manifest(bucket)
-    other = asked(bucket, manifest, "skewed")
-    here = other["versions"]["python"]
-    other["versions"]["python"] = "3.9.1"
+    other = training(bucket, manifest, "skewed")
+    here = other.asked["versions"]["python"]
+    other.asked["versions"]["python"] = "3.9.1"
     started = time.monotonic()
     with pytest.raises(ClusterError, match=f"^the cluster has python {here}, not 3.9.1; install the same versions"):
-        train(bucket, address, other, "skewed")
+        jobs.by_job(address, other)
     assert time.monotonic() - started < AT_MOST_S
     started = time.monotonic()
     with pytest.raises(ConfigError, match="^workers='?50'?: Ray has room for 3 on 3 CPUs"):
-        train(bucket, address, asked(bucket, manifest, "crowded", workers=50), "crowded")
+        jobs.by_job(address, training(bucket, manifest, "crowded", workers=50))
     assert time.monotonic() - started < AT_MOST_S
 
 
@@ -91,10 +86,8 @@ def test_two_who_train_the_same_run_at_once_follow_one_job(
 ) -> None:
     manifest = small_manifest(bucket)
     found: list[Training] = []
-    request = asked(bucket, manifest, "twice")
-    threads = [
-        threading.Thread(target=lambda: found.append(train(bucket, address, request, "twice"))) for _ in range(2)
-    ]
+    work = training(bucket, manifest, "twice")
+    threads = [threading.Thread(target=lambda: found.append(jobs.by_job(address, work))) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:

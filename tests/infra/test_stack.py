@@ -149,12 +149,14 @@ def test_a_flow_runs_on_the_stack_and_says_so_everywhere(stack: Running, bucket:
     assert metrics["ray_lenet_images_per_second"] > 100
     assert 0 < time.time() - metrics["ray_lenet_checkpoint_timestamp_seconds"] < 600
 
-    # The champion predicts what is in the bucket, by the other deployment.
+    # The champion predicts what is in the bucket, by the other deployment, as a job too.
     shards = f"{bucket.url}/{manifest.dataset_folder}/test-*.parquet"
     stack.run("predict-lenet", f"source={shards}", f"output={bucket.url}/predicted")
     predicted = read_manifest(open_store(f"{bucket.url}/predicted"))
     assert predicted is not None
     assert (predicted.images, predicted.version, predicted.unreadable) == (10_000, 1, 0)
+    named = [(job["submission_id"], job["status"]) for job in stack.ray("/api/jobs/")]
+    assert [status for name, status in named if str(name).startswith("predict-")] == ["SUCCEEDED"]
 
     # The same run once more does nothing again: Prefect finds its steps finished in the store.
     before = {key: bucket.read(key) for key in bucket.keys("runs")}
