@@ -146,21 +146,21 @@ def test_a_node_about_to_go_is_left_with_a_checkpoint(
 
     # Epochs of seconds, so that there are checkpoints in the middle of them.
     manifest = write_shards(store, fashion_mnist, ShardConfig())
-    config = TrainConfig(epochs=4, lr=0.1)
+    config = TrainConfig(epochs=3, lr=0.1)
     on_epoch, acted = once_after(1, drain_one)
     training = fit(store, "drained", manifest, config, TWO_ON_A_CLUSTER, LoadConfig(), on_epoch)
     acted[0].result()
     assert [step for _, step in seen if step], "there was no checkpoint in mid-epoch"
-    assert_same(store, training, undisturbed(manifest, store, config), 4)
+    assert_same(store, training, undisturbed(manifest, store, config), 3)
 
 
 def test_a_range_of_workers_starts_with_those_there_is_room_for_and_grows(
     store: Store, manifest: Manifest, undisturbed: Undisturbed, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.train.RESIZE_S", 2)
-    on_epoch, acted = once_after(5, lambda: cluster.add_node(num_cpus=1) and None)
+    monkeypatch.setattr("pipeline.train.RESIZE_S", 1)
+    on_epoch, acted = once_after(1, lambda: cluster.add_node(num_cpus=1) and None)
     elastic = ClusterConfig(workers="2-3", gpu="no", ray_address="auto")
-    config = RUN.model_copy(update={"epochs": 250})  # a minute: a node takes seconds to come
+    config = RUN.model_copy(update={"epochs": 150})  # half a minute: a node takes seconds to come
     sizes: list[int] = []
 
     def watch(epoch: EpochMetrics) -> None:
@@ -172,7 +172,7 @@ def test_a_range_of_workers_starts_with_those_there_is_room_for_and_grows(
     added.result()
     assert (sizes[0], training.history[-1].world_size) == (2, 3)
     assert sizes == sorted(sizes)
-    assert_same(store, training, undisturbed(manifest, store, config), 250)
+    assert_same(store, training, undisturbed(manifest, store, config), 150)
 
 
 def test_more_workers_than_there_is_room_for_are_refused_at_once(

@@ -1,9 +1,11 @@
-"""Proves what a signal does while a block runs, and that nothing of it stays."""
+"""Proves what a signal does while a block runs, and that nothing of it stays; and how a failure is told."""
 
 import signal
 import threading
 
-from pipeline.trainer import on_signal
+from ray.exceptions import OutOfMemoryError
+
+from pipeline.trainer import cause_of, on_signal
 
 NUMBER = signal.SIGUSR1
 
@@ -42,3 +44,20 @@ def test_in_another_thread_the_block_runs_without() -> None:
     thread.start()
     thread.join()
     assert ran == [signal.getsignal(NUMBER)]
+
+
+def test_of_a_page_about_memory_a_line_is_left() -> None:
+    page = (
+        "1 worker(s) were killed due to the node running low on memory. Memory on the node (IP: 10.0.0.7, ID: e0e4ad) "
+        "was 7.20GB used / 23.54GB limit (0.305837)\nOOM kill reason: Memory usage exceeded\nRefer to the documentation"
+    )
+    assert cause_of(OutOfMemoryError(page)) == (
+        "10.0.0.7 has run out of memory (7.20GB of 23.54GB used): ask for fewer workers, or more memory"
+    )
+
+
+def test_of_a_traceback_the_message_is_left() -> None:
+    assert (
+        cause_of(RuntimeError("Traceback (most recent call last):\n  File ...\nDataError: torn\n")) == "DataError: torn"
+    )
+    assert cause_of(KeyError()) == "KeyError"
