@@ -17,7 +17,6 @@ import ray
 import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from ray._raylet import GcsClient  # type: ignore[attr-defined]
-from ray.autoscaler.v2.utils import is_autoscaler_v2
 from ray.core.generated.autoscaler_pb2 import (  # type: ignore[attr-defined]
     AutoscalingState,
     GetClusterStatusReply,
@@ -252,6 +251,8 @@ def run_on_ray(config: ClusterConfig, work: Callable[[Task], Result], tasks: Ite
 
 def _find_room(config: ClusterConfig) -> bool:
     """Whether the workers get GPUs, once there is room for them."""
+    from ray.autoscaler.v2.utils import is_autoscaler_v2  # 0.1 s to import
+
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
     try:
         return decide_gpu(config, nodes)

@@ -1,12 +1,13 @@
-"""What predictions say of a model, in figures that sum up over parts of a test split: memory does not grow with it."""
+"""What predictions say of a model, in figures that sum up over parts of a test split: memory does not grow with it.
+
+SciPy takes 0.7 s to import, which only who judges should wait for.
+"""
 
 from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict
-from scipy.special import log_softmax
-from scipy.stats import binomtest
 
 from pipeline.idx import Pixels
 
@@ -114,6 +115,8 @@ class Tally:
 
     def add(self, logits: Logits, labels: Pixels, first_row: int) -> None:
         """Take in logits (n, n_classes) and labels (n,) of the rows from `first_row` on."""
+        from scipy.special import log_softmax
+
         log_p = log_softmax(logits.astype(np.float64), axis=1)
         p = np.exp(log_p)
         n_classes, rows, predicted = logits.shape[1], np.arange(len(labels)), logits.argmax(axis=1)
@@ -158,7 +161,7 @@ class Tally:
         images, correct = int(self.confusion.sum()), int(self.confusion.trace())
         if not images:
             raise ValueError("no image was counted")
-        accuracy = _wilson(correct, images)
+        accuracy = wilson(correct, images)
         counts, confidences, right = self.bins
         filled = np.maximum(counts, 1)
         return Verdict(
@@ -196,11 +199,16 @@ def judge(logits: Logits, labels: Pixels, names: tuple[str, ...]) -> Verdict:
 
 def mcnemar(only_first: int, only_second: int) -> float:
     """The two-sided p-value of McNemar's exact test, from how many images only one of two models gets right."""
+    from scipy.stats import binomtest
+
     discordant = only_first + only_second
     return float(binomtest(only_first, discordant).pvalue) if discordant else 1.0
 
 
-def _wilson(hits: int, total: int) -> Interval:
+def wilson(hits: int, total: int) -> Interval:
+    """The interval of Wilson's score of so many hits."""
+    from scipy.stats import binomtest
+
     if not total:
         return Interval(low=0, high=1)
     interval = binomtest(hits, total).proportion_ci(CONFIDENCE, method="wilson")
@@ -231,8 +239,8 @@ def _classes(confusion: npt.NDArray[np.int64], names: tuple[str, ...]) -> list[C
             recall=hits[k] / max(1, support[k]),
             f1=f1[k],
             support=support[k],
-            precision_interval=_wilson(int(hits[k]), int(predicted[k])),
-            recall_interval=_wilson(int(hits[k]), int(support[k])),
+            precision_interval=wilson(int(hits[k]), int(predicted[k])),
+            recall_interval=wilson(int(hits[k]), int(support[k])),
             f1_interval=Interval(low=low[k], high=high[k]),
         )
         for k, name in enumerate(names)

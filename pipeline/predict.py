@@ -13,7 +13,6 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 from pydantic import BaseModel, ConfigDict
-from scipy.special import softmax
 
 from pipeline.errors import DataError
 from pipeline.idx import Pixels
@@ -83,6 +82,8 @@ def _predicted(served: "Served", paths: Sequence[Path], invert: Invert) -> Itera
 
 def probabilities(logits: npt.NDArray[np.float32]) -> Probabilities:
     """Probabilities (n, n_classes) of logits (n, n_classes), computed in float64."""
+    from scipy.special import softmax
+
     return np.asarray(softmax(logits.astype(np.float64), axis=1))
 
 

@@ -7,12 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict
-from scipy.ndimage import gaussian_filter
-from scipy.stats import binomtest
 
 from lenet.augment import turn
 from pipeline.idx import Pixels
-from pipeline.metrics import CONFIDENCE, Predictor
+from pipeline.metrics import Predictor, wilson
 
 SHIFTS = (1, 2, 4)  # pixels
 ROTATIONS = (5, 15, 30)  # degrees
@@ -57,7 +55,7 @@ def robustness(predict: Predictor, images: Pixels, labels: Pixels) -> list[Robus
 
     def probe(change: str, unit: str, alter: Callable[..., Pixels], strength: float) -> Robustness:
         correct = int((predict(alter(images, strength)).argmax(axis=1) == labels).sum())
-        interval = binomtest(correct, len(labels)).proportion_ci(CONFIDENCE, method="wilson")
+        interval = wilson(correct, len(labels))
         return Robustness(
             change=change,
             strength=strength,
@@ -123,6 +121,8 @@ def noisy(images: Pixels, part: float) -> Pixels:
 
 def blurred(images: Pixels, pixels: float) -> Pixels:
     """Blurred by a Gaussian of this standard deviation."""
+    from scipy.ndimage import gaussian_filter
+
     smooth = gaussian_filter(images.astype(np.float32), (0, pixels, pixels), mode="constant")
     return np.asarray(smooth.round().clip(0, 255), np.uint8)
 

@@ -56,8 +56,8 @@ MAY_CHANGE = {
     *PromoteConfig.model_fields,
 }
 RAY_FROM_BYTES = 2**30
-# What is imported only once it is called for, after the training: 3 s.
-LATE_IMPORTS = ("torch._dynamo", "onnxscript", "onnxruntime", "matplotlib.figure")
+# What is imported only once it is called for, after the training: 4 s.
+LATE_IMPORTS = ("torch._dynamo", "onnxscript", "onnxruntime", "scipy.stats", "scipy.ndimage", "matplotlib.figure")
 RECORDED_PACKAGES = ("lenet-pipeline", "torch", "torchvision", "ray", "pyarrow", "prefect", "s3fs", "numpy")
 
 
