@@ -6,6 +6,7 @@ import sys
 import time
 from pathlib import Path
 
+from pipeline import run
 from pipeline.config import config_of
 from pipeline.publish import read_latest, verify_run
 from pipeline.storage import open_store
@@ -48,8 +49,6 @@ def test_ctrl_c_leaves_nothing_and_the_same_run_id_goes_on_to_a_published_report
 
 def test_a_damaged_shard_stops_the_command_with_one_line(tmp_path: Path) -> None:
     command = Command(tmp_path)
-    from pipeline import run
-
     config = run.begin(config_of({"storage": str(tmp_path / "store")}, run.RunConfig), "sharded")
     run.shard(config, run.download(config))
     shard = next(tmp_path.rglob("train-00001-of-00006.parquet"))
@@ -60,6 +59,15 @@ def test_a_damaged_shard_stops_the_command_with_one_line(tmp_path: Path) -> None
     assert re.fullmatch(r"lenet: \S+/train-00001-of-00006\.parquet: shard is altered, [^\n]+\n", err)
     assert "Traceback" not in out
     assert find_training(open_store(str(tmp_path / "store")), "r") is None
+
+
+def test_a_mistake_is_one_line_and_leaves_nothing_not_even_the_server_that_starts_ahead(tmp_path: Path) -> None:
+    command = Command(tmp_path)
+    process = command.start("--workers", "1000")
+    out, err = process.communicate(timeout=120)
+    assert (process.returncode, out) == (2, "")
+    assert re.fullmatch(r"lenet: workers=1000: Ray has room for [^\n]+\n", err), err
+    wait_for(lambda: not command.processes(), 20)
 
 
 def test_a_prefect_server_that_is_not_there_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
