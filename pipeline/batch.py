@@ -125,7 +125,7 @@ def predict_batch(config: PredictConfig) -> BatchReport:
         return _report(done)
     output.check_writable()
     if cluster.by_job:
-        return _report(jobs.by_job(str(cluster.ray_address), _work(output, config, content)))
+        return _report(jobs.run_job(str(cluster.ray_address), _work(output, config, content)))
     job = Job(feed.store, output, served, config.image_column, config.invert, content)
     predicted = scorer.predict_units(job, feed, cluster)
     if source_digest(config.source) != feed.digest:

@@ -104,7 +104,7 @@ def require_versions(asked: dict[str, str]) -> None:
         raise ClusterError(f"the cluster has {'; '.join(other)}; install the same versions as where the run begins")
 
 
-def by_job(address: str, work: Work[Result]) -> Result:
+def run_job(address: str, work: Work[Result]) -> Result:
     """Have it done on the cluster at `address`, by the job that is at it, or else by a new one.
 
     When this call ends before the job, by Ctrl-C, SIGTERM or cancellation, the job is stopped. Raises what was raised

@@ -194,7 +194,7 @@ def train(
     if config.by_job:
         parameters = config.model_dump(mode="json")
         work = pipeline.jobs.training(store, run_id, parameters, manifest.folder, on_epoch, on_now)
-        return pipeline.jobs.by_job(str(config.ray_address), work)
+        return pipeline.jobs.run_job(str(config.ray_address), work)
     return pipeline.train.fit(store, run_id, manifest, config, config, config, on_epoch, on_now)
 
 

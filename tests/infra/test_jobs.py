@@ -73,11 +73,11 @@ def test_what_the_job_finds_wrong_is_raised_here(
     other.asked["versions"]["python"] = "3.9.1"
     started = time.monotonic()
     with pytest.raises(ClusterError, match=f"^the cluster has python {here}, not 3.9.1; install the same versions"):
-        jobs.by_job(address, other)
+        jobs.run_job(address, other)
     assert time.monotonic() - started < AT_MOST_S
     started = time.monotonic()
     with pytest.raises(ConfigError, match="^workers='?50'?: Ray has room for 3 on 3 CPUs"):
-        jobs.by_job(address, training(bucket, manifest, "crowded", workers=50))
+        jobs.run_job(address, training(bucket, manifest, "crowded", workers=50))
     assert time.monotonic() - started < AT_MOST_S
 
 
@@ -87,7 +87,7 @@ def test_two_who_train_the_same_run_at_once_follow_one_job(
     manifest = small_manifest(bucket)
     found: list[Training] = []
     work = training(bucket, manifest, "twice")
-    threads = [threading.Thread(target=lambda: found.append(jobs.by_job(address, work))) for _ in range(2)]
+    threads = [threading.Thread(target=lambda: found.append(jobs.run_job(address, work))) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
