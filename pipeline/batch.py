@@ -125,7 +125,7 @@ def predict_batch(config: PredictConfig) -> BatchReport:
         return _report(done)
     output.check_writable()
     if cluster.by_job:
-        return _report(jobs.run_job(str(cluster.ray_address), _work(output, config, content)))
+        return _report(jobs.run_job(str(cluster.ray_address), _work(output, config, served, content)))
     job = Job(feed.store, output, served, config.image_column, config.invert, content)
     predicted = scorer.predict_units(job, feed, cluster)
     if source_digest(config.source) != feed.digest:
@@ -181,11 +181,11 @@ def _content(config: PredictConfig, served: Served, feed: Feed) -> str:
     return sha256(repr([*made_of, served.place, served.model_sha256]).encode())[:16]
 
 
-def _work(output: Store, config: PredictConfig, content: str) -> jobs.Work[BatchManifest]:
-    """The same as a job, which has a working directory of its own."""
+def _work(output: Store, config: PredictConfig, served: Served, content: str) -> jobs.Work[BatchManifest]:
+    """The same by the same model as a job, which has a working directory of its own."""
     places = {
         name: place if "://" in place else str(Path(place).absolute())
-        for name, place in config.model_dump(include={"source", "output", "model"}).items()
+        for name, place in {"source": config.source, "output": output.url, "model": served.url}.items()
     }
     return jobs.Work(
         name=f"predict-{content}-{sha256(output.url.encode())[:8]}",

@@ -89,6 +89,7 @@ class Served:
     image_shape: tuple[int, int]
     model_sha256: str
     model: LeNet
+    url: str = ""  # of the same, whoever is the champion later
 
     def predict(self, images: Pixels) -> Logits:
         """Logits float32 (b, n_classes) of images uint8 (b, height, width)."""
@@ -255,6 +256,13 @@ class Place:
     def __str__(self) -> str:
         return self.run_id if self.version is None else str(self.version)
 
+    @property
+    def url(self) -> str:
+        """Names it, whoever is the champion later."""
+        version = self.version
+        named = run_folder(self.run_id) if version is None else version_folder(version.model, version.version)
+        return self.store.locate(named)
+
 
 def find_place(url: str) -> Place:
     """What a URL means: a store (the champion of its model "lenet"), or in a store runs/<id>, models/<name> (its
@@ -291,6 +299,7 @@ def open_model(url: str) -> Served:
         image_shape=manifest.image_shape,
         model_sha256=artifact.sha256,
         model=decode_model(data),
+        url=place.url,
     )
 
 

@@ -176,6 +176,7 @@ def test_every_url_finds_its_model(
         assert served.classes[0] == "T-shirt/top"
         assert served.image_shape == (28, 28)
         assert (served.version is None) == ("/runs/" in tail)
+        assert open_model(served.url).place == served.place
         assert np.array_equal(served.predict(images), predictor(good_models[int(run_id[1])])(images))
 
 
