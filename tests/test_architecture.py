@@ -1,11 +1,15 @@
 """Proves that the layers keep to themselves: who imports whom, and what nobody may use."""
 
 import ast
+import importlib.util
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from pipeline.run import LATE_IMPORTS
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = ("lenet", "pipeline", "flows")
@@ -80,3 +84,10 @@ def test_no_file_is_a_drawer_for_odds_and_ends() -> None:
 def test_no_file_is_longer_than_one_can_read() -> None:
     lengths = {named(path): len(path.read_text().splitlines()) for path in EVERYTHING}
     assert {name: length for name, length in lengths.items() if length > MAX_LINES} == {}
+
+
+def test_what_is_imported_late_is_there_and_not_imported_early() -> None:
+    script = "import sys, flows.cli; from pipeline.run import LATE_IMPORTS; assert not {*LATE_IMPORTS} & {*sys.modules}"
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
+    for name in LATE_IMPORTS:
+        assert importlib.util.find_spec(name) is not None
