@@ -13,7 +13,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline import jobs, scorer
-from pipeline.cluster import MAX_WORKERS, ClusterConfig, check_cluster
+from pipeline.cluster import MAX_WORKERS, ClusterConfig
 from pipeline.errors import ConfigError, DataError, first_line
 from pipeline.feed import Feed, find_feed, source_digest
 from pipeline.predict import Invert
@@ -114,7 +114,7 @@ def predict_batch(config: PredictConfig) -> BatchReport:
     """
     output = _output(config)
     cluster = config.cluster
-    jobs.connect(str(cluster.ray_address)) if cluster.by_job else check_cluster(cluster)
+    jobs.check(cluster)
     served = open_model(config.model)
     feed = find_feed(config.source, config.image_column, served.image_shape[0])
     if feed.whole and f"{output.root}/".startswith(f"{feed.store.root}/"):

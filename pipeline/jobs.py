@@ -23,6 +23,7 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from pipeline import errors
+from pipeline.cluster import ClusterConfig, check_cluster
 from pipeline.errors import ClusterError, PipelineError, Terminated, TrainingError, first_line
 from pipeline.lease import ask_to_stop
 from pipeline.progress import OnEpoch, OnNow, followed
@@ -89,6 +90,14 @@ def connect(address: str) -> Client:
             "install the same version on both"
         )
     return client
+
+
+def check(cluster: ClusterConfig) -> None:
+    """Before any work: what `connect` raises, or `check_cluster` where Ray is connected to."""
+    if cluster.by_job:
+        connect(str(cluster.ray_address))
+    else:
+        check_cluster(cluster)
 
 
 def versions() -> dict[str, str]:

@@ -100,10 +100,7 @@ def check(config: RunConfig) -> Store:
     Raises ConfigError for parameters that cannot work on this machine, StorageError for a store out of reach.
     """
     check_source(config)
-    if config.by_job:
-        pipeline.jobs.connect(str(config.ray_address))
-    else:
-        check_cluster(config)
+    pipeline.jobs.check(config)
     store = open_store(config.storage)
     store.check_writable()
     return store
@@ -189,9 +186,8 @@ def train(
 ) -> Training:
     """Train the candidate; `on_epoch` hears of every epoch, `on_now` of how far one is."""
     store, run_id = open_store(config.storage), _run_id(config)
-    if config.ray_address is not None:
-        import_ahead()  # on a laptop's own Ray, the workers need every core
     if config.by_job:
+        import_ahead()  # the work is done elsewhere
         parameters = config.model_dump(mode="json")
         work = pipeline.jobs.training(store, run_id, parameters, manifest.folder, on_epoch, on_now)
         return pipeline.jobs.run_job(str(config.ray_address), work)
