@@ -1,10 +1,10 @@
 """Prefect's server for as long as one command lives, for people without a server of their own."""
 
+import contextlib
 import functools
 import os
 import signal
 import threading
-from concurrent.futures import Future
 
 from pipeline.errors import ConfigError
 
@@ -31,36 +31,27 @@ SETTINGS = {
 
 
 @functools.cache
-def begin() -> "Future[Exception | None]":
-    """Start it in the background, unless there is another; what comes of it is what is wrong with either.
-
-    A terminal sends Ctrl-C to every process in the foreground. Were the server to stop too, the flow would wait for
-    it, for more than a minute, to report that it was interrupted. Children inherit the blocked signal.
-    """
+def begin() -> threading.Thread | None:
+    """Start it in the background, unless the user has one: the thread that does."""
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
-    from prefect import get_client
     from prefect.settings import get_current_settings
 
-    if get_current_settings().api.url is None:
-        import prefect.server.api.server  # noqa: F401  # here, and not in the thread, beside other imports
-    trouble: Future[Exception | None] = Future()
+    if get_current_settings().api.url is not None:
+        return None
+    import prefect.server.api.server  # noqa: F401  # here, and not in the thread, beside other imports
 
-    def start() -> None:
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
-            with get_client(sync_client=True) as client:
-                trouble.set_result(client.api_healthcheck())
-        except BaseException as error:  # for whoever waits to hear
-            trouble.set_exception(error)
-
-    threading.Thread(target=start, name="prefect", daemon=True).start()
-    return trouble
+    thread = threading.Thread(target=_start, name="prefect", daemon=True)
+    thread.start()
+    return thread
 
 
 def require() -> None:
     """Return once a server answers. ConfigError when the user's own does not."""
-    if (trouble := begin().result()) is None:
+    if (thread := begin()) is not None:
+        thread.join()
+    trouble = _ask()
+    if trouble is None:
         return
     from prefect.settings import get_current_settings
 
@@ -70,3 +61,25 @@ def require() -> None:
         f"no Prefect server answers there ({trouble})",
         "start it, or unset the variable, and `prefect profile`, for a server that lives as long as this command",
     )
+
+
+def _start() -> None:
+    # What goes wrong beside the imports is tried again, and told, when they are over.
+    with contextlib.suppress(Exception):
+        _ask()
+
+
+def _ask() -> Exception | None:
+    """What is wrong with the server, which Prefect starts if there is none.
+
+    A terminal sends Ctrl-C to every process in the foreground. Were the server to stop too, the flow would wait for
+    it, for more than a minute, to report that it was interrupted. Children inherit the blocked signal.
+    """
+    from prefect import get_client
+
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        with get_client(sync_client=True) as client:
+            return client.api_healthcheck()
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
