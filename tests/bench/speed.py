@@ -147,17 +147,15 @@ def run_ours(store: Path, epochs: int, *options: str) -> Ours:
     """Run the command, and hear what it says when."""
     lenet = str(Path(sys.executable).with_name("lenet"))
     command = [lenet, "train", "--epochs", str(epochs), "--storage", str(store), *options]
-    started, at = time.perf_counter(), dict[str, float]()
-    with subprocess.Popen(
-        [*command, *options], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    ) as process:
+    started, at, line = time.perf_counter(), dict[str, float](), ""
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         for line in process.stdout or ():
             step, _, rest = line.strip().partition("  ")
             said = f"epoch {epochs}" if rest.startswith(f"epoch {epochs} of") else step
             at[said] = time.perf_counter() - started
     wall = time.perf_counter() - started
     if process.returncode:
-        raise subprocess.CalledProcessError(process.returncode, command)
+        raise RuntimeError(f"{command} ended with {process.returncode}: {line}")
     latest = json.loads((store / "runs/latest.json").read_text())
     report = json.loads((store / "runs" / latest["run_id"] / "report.json").read_text())
     rate = statistics.median(epoch["images_per_second"] for epoch in report["history"])
