@@ -89,7 +89,7 @@ class Served:
     image_shape: tuple[int, int]
     model_sha256: str
     model: LeNet
-    url: str = ""  # of the same, whoever is the champion later
+    url: str  # of the same, whoever is the champion later
 
     def predict(self, images: Pixels) -> Logits:
         """Logits float32 (b, n_classes) of images uint8 (b, height, width)."""

@@ -201,20 +201,10 @@ def growing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         "RAY_OVERRIDE_NODE_ID_FOR_TESTING": FAKE_HEAD_NODE_ID,
         "LENET_TEST": str(config),
     }
-    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--node-ip-address", "127.0.0.1"]
-    command += [
-        "--port",
-        str(port),
-        "--ray-client-server-port",
-        str(client_port),
-        "--num-cpus",
-        "0",
-        "--min-worker-port",
-        "0",
-        "--max-worker-port",
-        "0",
-    ]
-    command += ["--include-dashboard", "false", "--disable-usage-stats", "--autoscaling-config", str(config)]
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--node-ip-address=127.0.0.1"]
+    command += [f"--port={port}", f"--ray-client-server-port={client_port}", "--min-worker-port=0"]
+    command += ["--max-worker-port=0", "--num-cpus=0", "--include-dashboard=false", "--disable-usage-stats"]
+    command += [f"--autoscaling-config={config}"]
     try:
         subprocess.run(command, env=env, check=True, capture_output=True)
         yield f"127.0.0.1:{port}"

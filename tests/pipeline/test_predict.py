@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 @pytest.fixture(scope="session")
 def served(good_models: list[LeNet]) -> Served:
     classes = ("shirt", "trouser", "pullover", "dress", "coat", "sandal", "blouse", "sneaker", "bag", "boot")
-    return Served("r", None, "r", classes, (28, 28), "0" * 64, good_models[-1].eval())
+    return Served("r", None, "r", classes, (28, 28), "0" * 64, good_models[-1].eval(), "runs/r")
 
 
 @pytest.fixture

@@ -125,7 +125,7 @@ def full_store(tmp_path_factory: pytest.TempPathFactory, fashion_mnist: Source) 
 
 @pytest.mark.parametrize(
     ("loading", "worlds", "kills"),
-    [("streaming", (1, 2, 4), ((2, 1), (1, 3))), ("resident", (1, 3), ((2, 1),))],
+    [("streaming", (1, 2, 3, 4), ((2, 1), (1, 3))), ("resident", (1, 3), ((2, 1),))],
 )
 def test_one_to_four_workers_agree_after_an_epoch_of_all_60000_images_and_so_do_two_then_one_then_three(
     full_store: tuple[Store, Manifest],
