@@ -7,11 +7,13 @@ set -eu
 : "${LENET_RAY_ADDRESS:?is not set: where Ray is, e.g. http://lenet-head-svc:8265}"
 
 prefect --no-prompt work-pool create lenet --type process --overwrite
-prefect --no-prompt deploy --name train-lenet/train-lenet \
+engine="command=python -m flows.engine"
+prefect --no-prompt deploy --name train-lenet/train-lenet --job-variable "$engine" \
     --param "storage=$LENET_STORAGE" --param "ray_address=$LENET_RAY_ADDRESS"
-prefect --no-prompt deploy --name predict-lenet/predict-lenet \
+prefect --no-prompt deploy --name predict-lenet/predict-lenet --job-variable "$engine" \
     --param "model=$LENET_STORAGE" --param "ray_address=$LENET_RAY_ADDRESS"
-prefect --no-prompt deploy --name retention/retention --param "storage=$LENET_STORAGE"
+prefect --no-prompt deploy --name retention/retention --job-variable "$engine" \
+    --param "storage=$LENET_STORAGE"
 # Prefect would take an automation of the same name a second time: those of a version before go first.
 for name in $(sed -n 's/^  - name: //p' infra/automations.yaml); do
     prefect --no-prompt automation delete "$name" > /dev/null 2>&1 || true

@@ -34,13 +34,12 @@ RAY_TRAIN_SETTINGS = {
     "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "120",  # give up a hung worker after 2 minutes, not 10
     "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": "120",  # and wait no longer for one that does not report, instead of for ever
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "25",  # Ray Train counts on a lost node for up to 20 s: not for 60
-    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",  # hear of a machine that is about to go within a second, not five
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # an actor, 2 s of a core: pipeline/trainer.py looks out by itself,
+    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",  # and every second, not every five
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # take in reports, and see the end, after 0.2 seconds, not two
     "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",  # the control loop is of this process, and its log ours
 }
 
-# A local Ray is not preempted: its watcher would take 2 s of a core to start, before the first step.
-LOCAL_RAY_SETTINGS = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
 _connecting = threading.Lock()
 _wanted_no_more = threading.Event()  # the Ray that was started ahead
 CONNECT_TIMEOUT_S = 5
@@ -204,7 +203,7 @@ def ray_session(config: ClusterConfig) -> Iterator[bool]:
     answer or grow, ConfigError when the workers do not fit.
     """
     local = config.ray_address is None
-    with _defaults(RAY_TRAIN_SETTINGS | (LOCAL_RAY_SETTINGS if local else {})):
+    with _defaults(RAY_TRAIN_SETTINGS):
         with _connecting:
             started = not ray.is_initialized()
             if started:

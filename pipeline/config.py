@@ -1,6 +1,7 @@
 """Parameters as people give them, checked against a configuration's schema: the rule and the remedy in words."""
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -24,9 +25,15 @@ def config_of(parameters: Mapping[str, Any], kind: type[Config]) -> Config:
         raise ConfigError(name, first["input"], rule, remedy) from None
 
 
+@cache
+def _properties(kind: type[BaseModel]) -> dict[str, Any]:
+    properties: dict[str, Any] = kind.model_json_schema()["properties"]
+    return properties
+
+
 def allowed(name: str, kind: type[BaseModel]) -> str:
     """What a parameter accepts, in words read from its schema; empty when any text will do."""
-    schema = kind.model_json_schema()["properties"].get(name)
+    schema = _properties(kind).get(name)
     if schema is None:
         return f"one of {', '.join(kind.model_fields)}"
     for option in [schema, *schema.get("anyOf", [])]:

@@ -10,13 +10,17 @@ import logging
 import os
 import sys
 
-from pipeline import run
-from pipeline.batch import PredictConfig, predict_batch
-from pipeline.config import config_of
-from pipeline.errors import PipelineError, Terminated
-from pipeline.jobs import require_versions
-from pipeline.shards import require_manifest
-from pipeline.storage import open_store
+from pipeline.imports import for_good
+
+with for_good():
+    from pipeline.batch import PredictConfig, predict_batch
+    from pipeline.config import config_of
+    from pipeline.errors import PipelineError, Terminated
+    from pipeline.jobs import require_versions
+    from pipeline.run import RunConfig
+    from pipeline.shards import require_manifest
+    from pipeline.storage import open_store
+    from pipeline.train import fit
 
 
 def main(argument: str) -> None:
@@ -33,8 +37,9 @@ def main(argument: str) -> None:
         if asked["work"] == "predict":
             predict_batch(config_of(parameters, PredictConfig))
         else:
-            config = config_of(parameters, run.RunConfig)
-            run.train(config, require_manifest(open_store(config.storage), asked["dataset"]))
+            config = config_of(parameters, RunConfig)
+            store = open_store(config.storage)
+            fit(store, str(config.run_id), require_manifest(store, asked["dataset"]), config, config, config)
     except PipelineError as error:
         _end(error, error.exit_code)
     except Terminated as error:

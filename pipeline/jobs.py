@@ -24,7 +24,7 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 
 from pipeline import errors
 from pipeline.cluster import ClusterConfig, check_cluster
-from pipeline.errors import ClusterError, PipelineError, Terminated, TrainingError, first_line
+from pipeline.errors import ClusterError, PipelineError, StorageError, Terminated, TrainingError, first_line
 from pipeline.lease import ask_to_stop
 from pipeline.progress import OnEpoch, OnNow, followed
 from pipeline.storage import Store, sha256
@@ -35,7 +35,7 @@ from pipeline.worker import lease_key
 log = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT_S, READ_TIMEOUT_S = 5, 30
-POLL_S = 1
+POLL_S = 0.5
 OUTAGE_S = 60  # how long a head that does not answer is waited for, once it has
 STOP_S = 8  # how long a job may take to end by itself, a training to leave its checkpoint, before it is stopped
 LOST_JOBS = 3  # how many jobs of one work may vanish with the head they ran on
@@ -113,8 +113,9 @@ def require_versions(asked: dict[str, str]) -> None:
         raise ClusterError(f"the cluster has {'; '.join(other)}; install the same versions as where the run begins")
 
 
-def run_job(address: str, work: Work[Result]) -> Result:
-    """Have it done on the cluster at `address`, by the job that is at it, or else by a new one.
+def run_job(address: str, work: Work[Result], meanwhile: Callable[[], None] = lambda: None) -> Result:
+    """Have it done on the cluster at `address`, by the job that is at it, or else by a new one; `meanwhile` is called
+    once it is at work.
 
     When this call ends before the job, by Ctrl-C, SIGTERM or cancellation, the job is stopped. Raises what was raised
     in the job, and ClusterError when the cluster is gone.
@@ -124,8 +125,9 @@ def run_job(address: str, work: Work[Result]) -> Result:
         client = connect(address)
         job = _find(client, work) or _submit(client, work)
         log.info("following job %s", job)
+        meanwhile()
         with work.followed(), _stopped_with_us(client, work, job):
-            status = _wait(client, job)
+            status = _wait(client, work, job)
         if status is None:
             lost += 1
             if lost > LOST_JOBS:
@@ -195,8 +197,9 @@ def _submit(client: Client, work: Work[Any]) -> str:
     return job
 
 
-def _wait(client: Client, job: str) -> JobStatus | None:
-    """How the job ended; None if the head, started again, knows nothing of it. Its output goes to the log."""
+def _wait(client: Client, work: Work[Any], job: str) -> JobStatus | None:
+    """How the job ended, or has as good as ended; None if the head, started again, knows nothing of it. Its output goes
+    to the log."""
     answered = time.monotonic()
     shown = 0
     while True:
@@ -219,6 +222,9 @@ def _wait(client: Client, job: str) -> JobStatus | None:
             shown = len(lines)
             if status.is_terminal():
                 return status
+        with contextlib.suppress(StorageError):  # the next look may succeed
+            if work.find() is not None:
+                return JobStatus.SUCCEEDED  # what the job has left to do, to clear away, takes it another second
         time.sleep(POLL_S)
 
 
@@ -246,7 +252,7 @@ def _stop(client: Client, work: Work[Any], job: str) -> None:
         work.ask_stop()
         give_up = time.monotonic() + STOP_S
         while time.monotonic() < give_up and not client.get_job_status(job).is_terminal():
-            time.sleep(POLL_S / 4)
+            time.sleep(POLL_S / 2)
     client.stop_job(job)
 
 

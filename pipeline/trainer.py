@@ -19,7 +19,9 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.torch.config import _TorchBackend
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.callbacks.preemption_callback import PreemptionCallback
 from ray.train.v2._internal.execution.controller import TrainController
+from ray.train.v2._internal.execution.preemption import PreemptionWatcher
 from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 from ray.train.v2._internal.execution.worker_group import WorkerGroup
 
@@ -81,7 +83,7 @@ class Trainer(TorchTrainer):
         # the workers' places when the control loop has died, which Ray does by itself when this process has.
         callbacks = super()._create_default_callbacks()  # type: ignore[misc]
         idle = (DatasetsCallback, PlacementGroupCleanerCallback)
-        return [callback for callback in callbacks if not isinstance(callback, idle)]
+        return [*(callback for callback in callbacks if not isinstance(callback, idle)), _Lookout()]
 
     def _initialize_and_run_controller(self, scaling_policy: Any, **asked: Any) -> Result:
         if self.local and isinstance(scaling_policy, FixedScalingPolicy):
@@ -99,6 +101,25 @@ class Trainer(TorchTrainer):
             raise
         result: Result = controller.get_result()
         return result
+
+
+class _Lookout(PreemptionCallback):
+    """Tells the workers, from this process and not from an actor, when a machine of theirs is soon taken away."""
+
+    here: PreemptionWatcher | None = None
+
+    def after_worker_group_start(self, worker_group: Any) -> None:
+        self._stop_watcher()
+        ranks: dict[str, list[int]] = {}
+        for worker in worker_group.get_workers():
+            ranks.setdefault(worker.metadata.node_id, []).append(worker.distributed_context.world_rank)
+        actors = {worker.distributed_context.world_rank: worker.actor for worker in worker_group.get_workers()}
+        self.here = PreemptionWatcher(ranks, self._poll_interval_s, actors)
+
+    def _stop_watcher(self) -> None:
+        if self.here is not None:
+            self.here._stop_event.set()
+            self.here = None
 
 
 class _Workers(WorkerGroup):

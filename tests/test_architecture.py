@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.run import LATE_IMPORTS
+from pipeline.imports import LATE_IMPORTS
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = ("lenet", "pipeline", "flows")
@@ -87,7 +87,7 @@ def test_no_file_is_longer_than_one_can_read() -> None:
 
 
 def test_what_is_imported_late_is_there_and_not_imported_early() -> None:
-    script = "import sys, flows.cli; from pipeline.run import LATE_IMPORTS; assert not {*LATE_IMPORTS} & {*sys.modules}"
+    script = f"import sys, flows.cli; assert not {set(LATE_IMPORTS)} & {{*sys.modules}}"
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
     for name in LATE_IMPORTS:
         assert importlib.util.find_spec(name) is not None

@@ -141,7 +141,7 @@ def orphaned(drill: Drill) -> str:
     drill.run("epochs=80", "run_id=orphaned", watch=False)
     wait_for(lambda: drill.store.keys(f"{staging('orphaned')}/{PROGRESS}"), PATIENCE_S)
     for process in drill.running.processes():
-        if "prefect.engine" in process.cmdline() or "worker" in process.cmdline():
+        if "flows.engine" in process.cmdline() or "worker" in process.cmdline():
             process.kill()
     killed = time.time()
     [run] = drill.ended(1)

@@ -170,7 +170,7 @@ def test_a_killed_flow_process_is_followed_by_another_that_finds_the_training(st
     with listening(stack) as told:
         stack.prefect("deployment", "run", "train-lenet/train-lenet", *given)
         wait_for(lambda: begun(bucket, "killed"), 200)
-        [process] = [process for process in stack.processes() if "prefect.engine" in process.cmdline()]
+        [process] = [process for process in stack.processes() if "flows.engine" in process.cmdline()]
         process.kill()
         wait_for(lambda: stack.flow_run()["state_type"] == "COMPLETED", 300)
     assert stack.flow_run()["run_count"] == 2

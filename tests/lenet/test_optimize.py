@@ -1,6 +1,9 @@
 """Proves that a recipe's updates are those that its words say, and what becomes of the average."""
 
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -49,6 +52,48 @@ def test_the_seed_recipe_takes_the_steps_of_plain_gradient_descent() -> None:
     found = run(SEED, 3)[2][-1]
     for name in expected:
         torch.testing.assert_close(found[name], expected[name])
+
+
+@pytest.mark.parametrize(("momentum", "weight_decay"), [(0.0, 0.0), (0.9, 0.0), (0.9, 1e-3), (0.0, 1e-3)])
+def test_sgd_is_torchs_own_number_for_number(momentum: float, weight_decay: float) -> None:
+    recipe = replace(SEED, momentum=momentum, weight_decay=weight_decay)
+    reference = nn.Parameter(flatten(recipe.build_model(10, seed=0)).detach().clone())
+    theirs = torch.optim.SGD(
+        [reference], lr=recipe.lr, momentum=momentum, nesterov=momentum > 0, weight_decay=weight_decay
+    )
+    model = recipe.build_model(10, seed=0)
+    optimization = Optimization(recipe, model, flatten(model), STEPS)
+    for step in range(STEPS):
+        gradient = torch.randn(reference.shape, generator=torch.Generator().manual_seed(step))
+        reference.grad = gradient
+        assert optimization.flat.grad is not None
+        optimization.flat.grad.copy_(gradient)
+        theirs.param_groups[0]["lr"] = recipe.lr * recipe.lr_at(step, STEPS)
+        theirs.step()
+        optimization.step(step)
+        assert torch.equal(optimization.flat, reference)
+        if step == STEPS // 2:  # as a checkpoint is taken up: by whichever of the two wrote it
+            state = theirs.state_dict()
+            theirs.load_state_dict(optimization.optimizers[0].state_dict() | {"param_groups": state["param_groups"]})
+            optimization.optimizers[0].load_state_dict(state)
+
+
+def test_training_by_sgd_does_not_import_torchs_compiler() -> None:
+    """It takes 1.3 s of a core, in each worker, before the first step."""
+    script = """
+import sys, torch
+from lenet.fused import open_gradient
+from lenet.optimize import Optimization
+from lenet.recipe import RECIPES
+from lenet.step import flatten
+model = RECIPES["seed"].build_model(10, seed=0)
+flat = flatten(model)
+images, labels = torch.zeros(8, 28, 28, dtype=torch.uint8), torch.zeros(8, dtype=torch.int64)
+open_gradient(model, flat, 0.0, False)(images, labels, global_batch=8)
+Optimization(RECIPES["seed"], model, flat, 1).step(0)
+assert "torch._dynamo" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parents[2], check=True)
 
 
 def test_muon_moves_every_matrix_but_the_last_by_its_own_rule_and_adamw_the_rest() -> None:
