@@ -10,6 +10,8 @@ import logging
 import os
 import sys
 
+import psutil
+
 from pipeline.imports import for_good
 
 with for_good():
@@ -31,9 +33,7 @@ def main(argument: str) -> None:
     try:
         asked = json.loads(argument)
         require_versions(asked["versions"])
-        # Not "auto", which finds whichever cluster was started last on this machine.
-        here = {"ray_address": os.environ["RAY_ADDRESS"]}
-        parameters = asked["parameters"] | here
+        parameters = asked["parameters"] | {"ray_address": own_cluster()}
         if asked["work"] == "predict":
             predict_batch(config_of(parameters, PredictConfig))
         else:
@@ -44,6 +44,18 @@ def main(argument: str) -> None:
         _end(error, error.exit_code)
     except Terminated as error:
         _end(error, 143)
+
+
+def own_cluster() -> str:
+    """host:port of the cluster that this is a job of.
+
+    RAY_ADDRESS is set for jobs, but to what Ray finds for "auto": on a machine with several clusters, to any of them.
+    """
+    for parent in psutil.Process().parents():
+        for word in parent.cmdline():
+            if word.startswith("--gcs-address="):  # it is the node's raylet
+                return word.partition("=")[2]
+    return os.environ["RAY_ADDRESS"]
 
 
 def _end(error: BaseException, code: int) -> None:

@@ -19,7 +19,7 @@ from pipeline.run import RunConfig
 from pipeline.shards import Manifest
 from pipeline.storage import Store
 from pipeline.train import Training
-from tests.conftest import free_ports
+from tests.conftest import free_ports, wait_for
 from tests.infra.stack import Running
 
 AT_MOST_S = 30
@@ -79,6 +79,15 @@ def test_what_the_job_finds_wrong_is_raised_here(
     with pytest.raises(ConfigError, match="^workers='?50'?: Ray has room for 3 on 3 CPUs"):
         jobs.run_job(address, training(bucket, manifest, "crowded", workers=50))
     assert time.monotonic() - started < AT_MOST_S
+
+
+def test_a_job_finds_its_own_cluster_of_several_on_the_machine(stack: Running, address: str) -> None:
+    client = jobs.connect(address)
+    script = "from pipeline.job import own_cluster; print('own cluster', own_cluster())"
+    job = client.submit_job(entrypoint=f'RAY_ADDRESS=192.0.2.1:6379 {sys.executable} -c "{script}"')
+    wait_for(lambda: client.get_job_status(job).is_terminal(), 60)
+    [found] = [line for line in client.get_job_logs(job).splitlines() if line.startswith("own cluster")]
+    assert found.endswith(f":{_found(stack.folder).ray_port}")
 
 
 def test_two_who_train_the_same_run_at_once_follow_one_job(
