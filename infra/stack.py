@@ -16,7 +16,8 @@ BIN = Path(sys.executable).parent
 BUCKET = "lenet"
 MARK = "LENET_STACK"  # in the environment of every process of the stack
 NODES = ("ray-head", "ray-node-1", "ray-node-2")
-PARTS = ("s3", "prefect-server", "prefect-worker", "caretaker", *NODES)
+PARTS = ("s3", "prefect-server", *NODES, "prefect-worker", "caretaker")
+AT_ONCE = ("s3", "prefect-server", "ray-head")  # need nobody; each other starts once those before it are up
 
 
 class Stack(BaseModel):
@@ -167,6 +168,8 @@ def configuration(stack: Stack) -> str:
             "redirect_stderr": "true",
             "stdout_logfile": f"{folder}/logs/{name}.log",
         }
+    # Told to stop, a node waits for who is at work on it; the head, the last of them, would wait in vain and be killed.
+    sections["program:ray-head"]["environment"] = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0"
     for section, values in sections.items():
         config.add_section(section)
         for key, value in values.items():

@@ -54,7 +54,7 @@ def own_cluster() -> str:
     for parent in psutil.Process().parents():
         for word in parent.cmdline():
             if word.startswith("--gcs-address="):  # it is the node's raylet
-                return word.partition("=")[2]
+                return str(word.partition("=")[2])
     return os.environ["RAY_ADDRESS"]
 
 
