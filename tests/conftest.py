@@ -50,6 +50,9 @@ SHARED = {
     "tests/flows/test_models.py": "gone on",
     "tests/flows/test_whole.py": "gone on",
 }
+# Files that take one to seven minutes, the longest first: begun late, one would run alone at the end.
+LONG = ("test_jobs", "test_stack", "test_train", "test_faults", "test_models", "test_whole", "test_outages",
+        "test_verify", "test_registry")  # fmt: skip
 SMALL = {"train": 600, "test": 200}
 SMALL_SHARD_MIB = 0.125  # 167 images
 
@@ -162,6 +165,17 @@ class _ByFile(LoadFileScheduling):
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.partition("::")[0]
         return SHARED.get(file, file)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The fast files first, then the long ones, then the rest."""
+
+    def place(item: pytest.Item) -> int:
+        if item.path.parent.name in ("tests", "lenet"):
+            return -1
+        return LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG)
+
+    items.sort(key=place)
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadFileScheduling:
