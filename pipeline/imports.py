@@ -11,6 +11,8 @@ from typing import Any
 # What is imported only once it is called for, after the training: 4 s.
 LATE_IMPORTS = ("torch._dynamo", "onnxscript", "onnxruntime", "scipy.stats", "scipy.ndimage", "matplotlib.figure")
 
+_one_at_a_time = threading.Lock()
+
 
 @contextlib.contextmanager
 def for_good() -> Iterator[None]:
@@ -30,8 +32,9 @@ def ahead(then: Callable[[], Any] = lambda: None) -> None:
     time."""
 
     def work() -> None:
-        for name in LATE_IMPORTS:
-            importlib.import_module(name)
-        then()
+        with _one_at_a_time:  # two threads that import the same may find modules half done
+            for name in LATE_IMPORTS:
+                importlib.import_module(name)
+            then()
 
     threading.Thread(target=work, name="imports", daemon=True).start()

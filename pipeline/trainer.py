@@ -103,6 +103,14 @@ class Trainer(TorchTrainer):
         return result
 
 
+class _Watcher(PreemptionWatcher):
+    def _on_drain_change(self, drained: dict[str, int]) -> None:
+        ranks = sorted(rank for node in drained for rank in self._failure_domain_map[node])
+        if ranks:
+            log.warning("the machine of rank %s is about to be taken away", ", ".join(map(str, ranks)))
+        super()._on_drain_change(drained)
+
+
 class _Lookout(PreemptionCallback):
     """Tells the workers, from this process and not from an actor, when a machine of theirs is soon taken away."""
 
@@ -114,7 +122,8 @@ class _Lookout(PreemptionCallback):
         for worker in worker_group.get_workers():
             ranks.setdefault(worker.metadata.node_id, []).append(worker.distributed_context.world_rank)
         actors = {worker.distributed_context.world_rank: worker.actor for worker in worker_group.get_workers()}
-        self.here = PreemptionWatcher(ranks, self._poll_interval_s, actors)
+        logging.getLogger(PreemptionWatcher.__module__).setLevel(logging.ERROR)  # it would tell of every head away
+        self.here = _Watcher(ranks, self._poll_interval_s, actors)
 
     def _stop_watcher(self) -> None:
         if self.here is not None:

@@ -127,7 +127,7 @@ def test_a_node_killed_in_mid_training_changes_nothing(
 
 
 def test_a_node_about_to_go_is_left_with_a_checkpoint(
-    store: Store, fashion_mnist: Source, undisturbed: Undisturbed, cluster: Cluster
+    store: Store, fashion_mnist: Source, undisturbed: Undisturbed, cluster: Cluster, caplog: pytest.LogCaptureFixture
 ) -> None:
     """What a cloud does with a spot machine: a notice, and soon after the end."""
     seen: list[tuple[int, int]] = []
@@ -151,6 +151,7 @@ def test_a_node_about_to_go_is_left_with_a_checkpoint(
     training = fit(store, "drained", manifest, config, TWO_ON_A_CLUSTER, LoadConfig(), on_epoch)
     acted[0].result()
     assert [step for _, step in seen if step], "there was no checkpoint in mid-epoch"
+    assert "the machine of rank" in caplog.text
     assert_same(store, training, undisturbed(manifest, store, config), 3)
 
 
