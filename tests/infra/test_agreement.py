@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from prefect.workers.process import ProcessWorker
 
 import infra.__main__ as local
 from infra.stack import Stack, programs
@@ -72,6 +73,12 @@ def test_the_local_stack_runs_every_command_too(pods: list[Object], ray: Object)
         assert words(command) in known | set(more), command
         assert options(command) <= used_options(words(command)) | own, command
     assert seen == known | set(more)
+
+
+def test_the_work_pool_is_prefects_own_but_for_the_command() -> None:
+    expected = ProcessWorker.get_default_base_job_template()
+    expected["variables"]["properties"]["command"]["default"] = "python -m flows.engine"
+    assert json.loads((INFRA / "work-pool.json").read_text()) == expected
 
 
 def test_deploying_is_what_the_local_stack_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
