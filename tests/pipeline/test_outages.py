@@ -79,7 +79,8 @@ def test_the_s3_server_stopped_for_10_seconds_in_mid_epoch_is_waited_for(
         copy = copied(store, open_store(str(tmp_path)), manifest)
         spared = fit(copy, "spared", manifest, config, cluster, STREAMING)
     assert [epoch.epoch for epoch in training.history] == list(range(1, 41))
-    assert sum(epoch.seconds for epoch in training.history) > 10, "nobody had to wait"
+    waited = sum(epoch.seconds for epoch in training.history) - sum(epoch.seconds for epoch in spared.history)
+    assert waited > 5, "nobody had to wait"  # not 10: what was read ahead keeps them going for a while
     assert training.candidate_sha256 == spared.candidate_sha256
 
 
