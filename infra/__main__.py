@@ -33,7 +33,7 @@ from pipeline.storage import open_store
 PATIENCE_S = 120.0
 FOLDER: Path = Stack.model_fields["folder"].default
 SETTINGS = "stack.json"
-# Prefect's own template of a pool, but that a flow run begins by flows/engine.py: 1.7 s sooner.
+# Prefect's own template of a pool, but for the command: flows/engine.py says why.
 POOL = ROOT / "infra" / "work-pool.json"
 AUTOMATIONS = ROOT / "infra" / "automations.yaml"
 

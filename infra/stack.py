@@ -17,7 +17,7 @@ BUCKET = "lenet"
 MARK = "LENET_STACK"  # in the environment of every process of the stack
 NODES = ("ray-head", "ray-node-1", "ray-node-2")
 PARTS = ("s3", "prefect-server", *NODES, "prefect-worker", "caretaker")
-AT_ONCE = ("s3", "prefect-server", "ray-head")  # need nobody; each other starts once those before it are up
+AT_ONCE = ("s3", "prefect-server", NODES[0])  # need nobody; each other starts once those before it are up
 
 
 class Stack(BaseModel):
@@ -169,7 +169,7 @@ def configuration(stack: Stack) -> str:
             "stdout_logfile": f"{folder}/logs/{name}.log",
         }
     # Told to stop, a node waits for who is at work on it; the head, the last of them, would wait in vain and be killed.
-    sections["program:ray-head"]["environment"] = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0"
+    sections[f"program:{NODES[0]}"]["environment"] = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0"
     for section, values in sections.items():
         config.add_section(section)
         for key, value in values.items():

@@ -125,8 +125,8 @@ def run_job(address: str, work: Work[Result], meanwhile: Callable[[], None] = la
         client = connect(address)
         job = _find(client, work) or _submit(client, work)
         log.info("following job %s", job)
-        meanwhile()
         with work.followed(), _stopped_with_us(client, work, job):
+            meanwhile()
             status = _wait(client, work, job)
         if status is None:
             lost += 1

@@ -83,12 +83,14 @@ class Trainer(TorchTrainer):
         # the workers' places when the control loop has died, which Ray does by itself when this process has.
         callbacks = super()._create_default_callbacks()  # type: ignore[misc]
         idle = (DatasetsCallback, PlacementGroupCleanerCallback)
-        return [*(callback for callback in callbacks if not isinstance(callback, idle)), _Lookout()]
+        needed = [callback for callback in callbacks if not isinstance(callback, idle)]
+        return needed if self.local else [*needed, _Lookout()]  # a local Ray's machine is not taken away
 
     def _initialize_and_run_controller(self, scaling_policy: Any, **asked: Any) -> Result:
         if self.local and isinstance(scaling_policy, FixedScalingPolicy):
             scaling_policy = _NothingToScale(scaling_policy.scaling_config)
         logging.getLogger(TrainController.__module__).setLevel(logging.CRITICAL)  # of pages; what it raises is told
+        logging.getLogger(PreemptionWatcher.__module__).setLevel(logging.ERROR)  # it would tell of every head away
         controller = _Controller(scaling_policy=scaling_policy, **asked)
         try:
             # asyncio's own handler of Ctrl-C is heard where the loop waits: nowhere, while looking at the workers takes
@@ -122,7 +124,6 @@ class _Lookout(PreemptionCallback):
         for worker in worker_group.get_workers():
             ranks.setdefault(worker.metadata.node_id, []).append(worker.distributed_context.world_rank)
         actors = {worker.distributed_context.world_rank: worker.actor for worker in worker_group.get_workers()}
-        logging.getLogger(PreemptionWatcher.__module__).setLevel(logging.ERROR)  # it would tell of every head away
         self.here = _Watcher(ranks, self._poll_interval_s, actors)
 
     def _stop_watcher(self) -> None:
