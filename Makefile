@@ -16,7 +16,12 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint requirements.lock
+# Bytecode is made on all cores, where pip takes one: 20,000 files, some of them templates that are no Python.
+define install
+$(BIN)/pip install --quiet --disable-pip-version-check --no-compile --constraint requirements.lock --editable '$(1)'
+@$(BIN)/python -m compileall -qq -j 0 .venv/lib || true
+@touch $@
+endef
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 # Only root can make network namespaces, and not everywhere: elsewhere, its test is left out by name.
 SPACES := $(shell unshare --net --uts --mount --pid --fork true 2>&1 && command -v ip || echo none)
@@ -88,19 +93,15 @@ clean:
 .venv/runs: pyproject.toml requirements.lock
 	@echo "setting up .venv (about 3 minutes the first time; PyTorch is large)"
 	$(PYTHON) -m venv .venv
-	$(PIP) --editable .
-	@touch $@
+	$(call install,.)
 
 .venv/stack: .venv/runs
-	$(PIP) --editable '.[stack]'
-	@touch $@
+	$(call install,.[stack])
 
 .venv/tests: .venv/runs
 	@command -v chromium chromium-browser google-chrome >/dev/null || \
 		{ $(SUDO) apt-get update -qq && $(SUDO) apt-get install -y -qq --no-install-recommends chromium; }
-	$(PIP) --editable '.[dev]'
-	@touch $@
+	$(call install,.[dev])
 
 .venv/bench: .venv/tests
-	$(PIP) --editable '.[dev,bench]'
-	@touch $@
+	$(call install,.[bench])
