@@ -1,6 +1,7 @@
 """Proves that a gradient is that of the mean cross-entropy of the global batch, however it is sliced or computed."""
 
 import copy
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lenet.fused import FusedGradient, open_gradient
+from lenet.fused import open_gradient
 from lenet.model import LeNet
 from lenet.recipe import RECIPES
 from lenet.step import Gradient, PlainGradient, evaluate_step, flatten, metrics_of, no_counts, normalise, predict_step
@@ -31,11 +32,12 @@ def fresh_model() -> LeNet:
     return RECIPES["seed"].build_model(10, seed=3)
 
 
-KINDS = [PlainGradient, FusedGradient]
+Kind = Callable[..., Gradient]
+KINDS = [PlainGradient, open_gradient]
 both = pytest.mark.parametrize("kind", KINDS)
 
 
-def gradient_of(kind: type[Gradient], model: LeNet, images: Tensor, labels: Tensor, global_batch: int) -> Tensor:
+def gradient_of(kind: Kind, model: LeNet, images: Tensor, labels: Tensor, global_batch: int) -> Tensor:
     model = copy.deepcopy(model)
     flat = flatten(model)
     assert flat.grad is not None
@@ -45,7 +47,7 @@ def gradient_of(kind: type[Gradient], model: LeNet, images: Tensor, labels: Tens
 
 
 @both
-def test_steps_equal_an_independent_plain_loop(kind: type[Gradient], images: Tensor, labels: Tensor) -> None:
+def test_steps_equal_an_independent_plain_loop(kind: Kind, images: Tensor, labels: Tensor) -> None:
     model = fresh_model()
     plain = copy.deepcopy(model)
     flat = flatten(model)
@@ -65,7 +67,7 @@ def test_steps_equal_an_independent_plain_loop(kind: type[Gradient], images: Ten
 @both
 @pytest.mark.parametrize("sizes", [[200], [100, 100], [199, 1], [67, 66, 67], [120, 0, 80], [0, 0, 0, 200]])
 def test_the_gradients_of_any_slices_add_up_to_the_whole_batchs(
-    kind: type[Gradient], images: Tensor, labels: Tensor, sizes: list[int]
+    kind: Kind, images: Tensor, labels: Tensor, sizes: list[int]
 ) -> None:
     model = fresh_model()
     whole = gradient_of(kind, model, images, labels, 200)
@@ -119,7 +121,7 @@ def test_metrics_are_the_mean_loss_and_the_share_of_hits(images: Tensor, labels:
 @both
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_a_gradient_comes_with_the_counts_of_its_batch(
-    kind: type[Gradient], images: Tensor, labels: Tensor, smoothing: float
+    kind: Kind, images: Tensor, labels: Tensor, smoothing: float
 ) -> None:
     model = fresh_model()
     counts = kind(model, flatten(model), smoothing)(images, labels, global_batch=200)
