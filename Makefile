@@ -99,8 +99,8 @@ clean:
 	$(call install,.[stack])
 
 .venv/tests: .venv/runs
-	@command -v chromium chromium-browser google-chrome >/dev/null || \
-		{ $(SUDO) apt-get update -qq && $(SUDO) apt-get install -y -qq --no-install-recommends chromium; }
+	@{ command -v gcc && command -v chromium chromium-browser google-chrome; } >/dev/null || \
+		{ $(SUDO) apt-get update -qq && $(SUDO) apt-get install -y -qq --no-install-recommends chromium gcc libc6-dev; }
 	$(call install,.[dev])
 
 .venv/bench: .venv/tests

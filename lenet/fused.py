@@ -4,12 +4,13 @@ Convolutions, with their activations and pooling, are the compiled ones if they 
 operations. The rest of the network is matrix products, with the image innermost as there.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lenet.compiled import CompiledConvolutions, library
 from lenet.model import LeNet
@@ -32,15 +33,22 @@ class Convolutions(Protocol):
         ...
 
 
+Kind = Callable[[LeNet, dict[int, Tensor], int, int], Convolutions]
+
+
 def open_gradient(model: LeNet, flat: nn.Parameter, label_smoothing: float = 0.0, bfloat16: bool = False) -> Gradient:
     """The fastest there is for the model's device and type."""
     if flat.device.type == "cpu" and flat.dtype == torch.float32 and (not bfloat16 or multiplies_bfloat16()):
-        if bfloat16:
-            return FusedGradient(model, flat, label_smoothing, partial(UnfoldedConvolutions, dtype=torch.bfloat16))
-        return FusedGradient(model, flat, label_smoothing, CompiledConvolutions if library() else UnfoldedConvolutions)
+        rough = partial(UnfoldedConvolutions, dtype=torch.bfloat16)
+        return FusedGradient(model, flat, label_smoothing, rough if bfloat16 else exact_convolutions())
     gradient = (GraphedGradient if flat.device.type == "cuda" else PlainGradient)(model, flat, label_smoothing)
     gradient.bfloat16 = bfloat16
     return gradient
+
+
+def exact_convolutions() -> Kind:
+    """The fastest in float32."""
+    return CompiledConvolutions if library() else UnfoldedConvolutions
 
 
 def multiplies_bfloat16() -> bool:
@@ -58,32 +66,45 @@ class FusedGradient(Gradient):
         model: LeNet,
         flat: nn.Parameter,
         label_smoothing: float = 0.0,
-        convolutions: Callable[[LeNet, dict[int, Tensor], int, int], Convolutions] = UnfoldedConvolutions,
+        convolutions: Kind = UnfoldedConvolutions,
     ) -> None:
         super().__init__(model, flat, label_smoothing)
         self.convolutions = convolutions
         self.piece = torch.empty_like(self.total)
         parameters = list(model.parameters())
         self.gradients = {id(p): view for p, view in zip(parameters, views(self.piece, parameters), strict=True)}
-        self.passes: dict[tuple[int, ...], _Pass] = {}
+        self.passes: dict[tuple[Kind, tuple[int, ...]], _Pass] = {}
 
     @torch.no_grad()
     def __call__(self, images: Tensor, labels: Tensor, *, global_batch: int) -> Tensor:
         self.total.zero_()
         counts = no_counts()
-        for some, classes in zip(torch.split(images, PIECE), torch.split(labels, PIECE), strict=True):
-            if len(some):
-                counts += self._pass_for(some).run(some, classes, global_batch, self.label_smoothing)
-                self.total.add_(self.piece)
+        for some, classes in _pieces(images, labels):
+            counts += self._pass_for(some, self.convolutions).run(some, classes, global_batch, self.label_smoothing)
+            self.total.add_(self.piece)
         return counts
 
-    def _pass_for(self, images: Tensor) -> "_Pass":
+    @torch.no_grad()
+    def evaluate(self, images: Tensor, labels: Tensor) -> Tensor:
+        counts = no_counts()
+        for some, classes in _pieces(images, labels):
+            logits = self._pass_for(some, exact_convolutions()).forward(some).t()
+            counts += count(logits, classes, F.cross_entropy(logits, classes.long(), reduction="sum"))
+        return counts
+
+    def _pass_for(self, images: Tensor, convolutions: Kind) -> "_Pass":
         # Slices differ by one image at most, and the last batch of an epoch is short: few shapes in a training.
-        shape = tuple(images.shape)
-        if shape not in self.passes:
-            convolutions = self.convolutions(self.model, self.gradients, shape[0], shape[1])
-            self.passes[shape] = _Pass(self.model, self.gradients, shape[0], convolutions)
-        return self.passes[shape]
+        key = convolutions, tuple(images.shape)
+        if key not in self.passes:
+            size, side, _ = images.shape
+            layers = convolutions(self.model, self.gradients, size, side)
+            self.passes[key] = _Pass(self.model, self.gradients, size, layers)
+        return self.passes[key]
+
+
+def _pieces(images: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    pieces = zip(torch.split(images, PIECE), torch.split(labels, PIECE), strict=True)
+    return (piece for piece in pieces if len(piece[0]))
 
 
 class _Pass:
@@ -94,11 +115,16 @@ class _Pass:
         dense = [(model.fc1, model.act3), (model.fc2, model.act4), (model.fc3, None)]
         self.dense = [_Dense(layer, act, gradients, size) for layer, act in dense]
 
-    def run(self, images: Tensor, labels: Tensor, global_batch: int, label_smoothing: float) -> Tensor:
-        """Write the parameters' gradients; uint8 (b, side, side) and (b,) to counts float64 (3,)."""
+    def forward(self, images: Tensor) -> Tensor:
+        """uint8 (b, side, side) to logits (n_classes, b)."""
         x = self.convolutions.forward(images)
         for layer in self.dense:
             x = layer.forward(x)
+        return x
+
+    def run(self, images: Tensor, labels: Tensor, global_batch: int, label_smoothing: float) -> Tensor:
+        """Write the parameters' gradients; uint8 (b, side, side) and (b,) to counts float64 (3,)."""
+        x = self.forward(images)
         labels = labels.long()
         log_probabilities = x.log_softmax(dim=0)
         counts = count(x.t(), labels, -log_probabilities.gather(0, labels[None]).sum())

@@ -103,7 +103,7 @@ def _train(parameters: Mapping[str, float], store_url: str, manifest: Manifest, 
             optimization.step(done)
             done += 1
         with optimization.averaged():
-            ray.tune.report({METRIC: metrics_of(evaluate_split(model, held_out)).accuracy})
+            ray.tune.report({METRIC: metrics_of(evaluate_split(gradient, held_out)).accuracy})
 
 
 def _range(recipe: Recipe, name: Hyperparameter) -> Any:

@@ -19,11 +19,12 @@ from ray.train.v2._internal.execution.context import get_train_context
 from torch import Tensor
 
 from lenet.augment import augment
+from lenet.compiled import library
 from lenet.fused import open_gradient
 from lenet.model import LeNet
 from lenet.optimize import Optimization
 from lenet.recipe import Recipe
-from lenet.step import Gradient, evaluate_step, flatten, metrics_of, no_counts
+from lenet.step import Gradient, flatten, metrics_of, no_counts
 from pipeline.checkpoint import FILE_NAME, EpochMetrics, Position, encode_state, load_state
 from pipeline.collective import Sum, open_sum
 from pipeline.errors import DataError, TrainingError
@@ -149,7 +150,7 @@ def train_worker(config: dict[str, Any]) -> None:
         while position.epoch <= job.recipe.epochs:
             train = metrics_of(_train_epoch(session, position))
             with session.optimization.averaged():
-                test = metrics_of(summed(evaluate_split(session.model, held_out)))
+                test = metrics_of(summed(evaluate_split(session.gradient, held_out)))
             metrics = EpochMetrics(
                 epoch=position.epoch,
                 held_out=job.manifest.held_out,
@@ -202,6 +203,8 @@ def _begin(job: Job) -> tuple[Session, Position]:
     )
     if session.watch.watchman is not None:
         session.watch.watchman.look()  # a training that was restarted may have been superseded meanwhile
+    if device.type == "cpu" and library() is None and place.rank == 0:
+        log.warning("no compiled convolutions for this machine, so about half as fast; install with a C compiler")
     position = _restore(session)
     log.info(
         "on %s of %s, images %s, from epoch %d, step %d",
@@ -289,13 +292,13 @@ def load_share(place: Place, split: str) -> Split:
     return Split(torch.from_numpy(images).to(place.device), torch.from_numpy(labels).to(place.device))
 
 
-def evaluate_split(model: LeNet, split: Split) -> Tensor:
-    """Counts of `model` over all rows of `split`."""
-    model.eval()
+def evaluate_split(gradient: Gradient, split: Split) -> Tensor:
+    """Counts of the gradient's model over all rows of `split`."""
+    gradient.model.eval()
     counts = no_counts(split.images.device)
     for first in range(0, len(split.labels), EVALUATION_BATCH):
         batch = slice(first, first + EVALUATION_BATCH)
-        counts += evaluate_step(model, split.images[batch], split.labels[batch])
+        counts += gradient.evaluate(split.images[batch], split.labels[batch])
     return counts
 
 

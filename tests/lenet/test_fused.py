@@ -16,7 +16,7 @@ from lenet.compiled import CompiledConvolutions
 from lenet.fused import PIECE, Convolutions, FusedGradient, multiplies_bfloat16, open_gradient
 from lenet.model import ACTIVATIONS, POOLINGS, LeNet
 from lenet.recipe import RECIPES
-from lenet.step import Gradient, PlainGradient, flatten
+from lenet.step import Gradient, PlainGradient, evaluate_step, flatten, no_counts
 from lenet.unfolded import UnfoldedConvolutions
 
 if TYPE_CHECKING:
@@ -141,6 +141,18 @@ def test_training_by_it_follows_autograds_loss_curve(small_splits: "Splits") -> 
     # In bfloat16: 6e-4 seen, and 3e-4 of the weights' norm.
     torch.testing.assert_close(curves[3], curves[0], rtol=3e-3, atol=0)
     assert (weights[3] - weights[0]).norm() < 2e-3 * weights[0].norm()
+
+
+@pytest.mark.parametrize("kind", [PlainGradient, COMPILED, UNFOLDED, ROUGH])
+def test_what_it_evaluates_is_the_model_as_it_is_now_in_float32(kind: Kind, images: Tensor, labels: Tensor) -> None:
+    model = RECIPES["seed"].build_model(10, seed=0)
+    gradient = kind(model, flatten(model), 0.0)
+    gradient(images[:128], labels[:128], global_batch=128)
+    with torch.no_grad():
+        model.fc3.weight.mul_(5)
+    counts = gradient.evaluate(images, labels)
+    torch.testing.assert_close(counts, evaluate_step(model, images, labels), rtol=1e-6, atol=0)
+    assert torch.equal(gradient.evaluate(images[:0], labels[:0]), no_counts())
 
 
 @either
