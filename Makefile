@@ -90,7 +90,7 @@ parity: .venv/tests
 clean:
 	rm -rf .venv
 
-.venv/runs: pyproject.toml requirements.lock
+.venv/runs: pyproject.toml requirements.lock lenet/convolution.c
 	@echo "setting up .venv (about 3 minutes the first time; PyTorch is large)"
 	$(PYTHON) -m venv .venv
 	$(call install,.)
