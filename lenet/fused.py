@@ -1,4 +1,4 @@
-"""LeNet's gradient on a CPU, written out by hand: the plain step's numbers, 3 times as fast.
+"""LeNet's gradient on a CPU, written out by hand: the plain step's numbers, 2.5 times as fast.
 
 Convolutions, with their activations and pooling, are the compiled ones if they can be had, else those of torch's
 operations. The rest of the network is matrix products, with the image innermost as there.
