@@ -172,15 +172,6 @@ FOR_PROCESSOR static void add_lanes(const Vec *from, float *to, int count) {
     }
 }
 
-// Whether this processor has what the code is compiled for.
-int usable(void) {
-#ifdef __x86_64__
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-#else
-    return 0;
-#endif
-}
-
 // Bytes to keep of so many images, to be aligned as vectors are.
 size_t room(int count) { return sizeof(Kept) * ((count + LANES - 1) / LANES); }
 

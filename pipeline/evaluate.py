@@ -31,6 +31,7 @@ from pipeline.artifacts import (
     read_checked,
 )
 from pipeline.checkpoint import decode_model
+from pipeline.documents import find_document, keep_document
 from pipeline.errors import DataError
 from pipeline.metrics import Predictor, Tally, Verdict
 from pipeline.predictions import digest_of_rows, encode_predictions, sum_of_rows
@@ -105,14 +106,13 @@ def export(store: Store, run_id: str, manifest: Manifest, training: Training) ->
         candidate_sha256=training.candidate_sha256, forms={name: artifact_of(data) for name, data in kept.items()}
     )
     log.info("%s written in %.1f s", ", ".join(FORMS), time.perf_counter() - started)
-    receipt = store.keep(f"{staging(run_id)}/export.json", exported.model_dump_json(indent=2).encode())
-    return Exported.model_validate_json(receipt)
+    return keep_document(store, f"{staging(run_id)}/export.json", exported)
 
 
 def find_export(store: Store, run_id: str) -> Exported | None:
     """The receipt of the run's export, or None while there is none."""
     key = f"{staging(run_id)}/export.json"
-    return Exported.model_validate_json(store.read(key)) if store.exists(key) else None
+    return find_document(store, key, Exported)
 
 
 def exported_key(run_id: str, name: str) -> str:
@@ -123,7 +123,7 @@ def exported_key(run_id: str, name: str) -> str:
 def find_evaluation(store: Store, run_id: str) -> Evaluation | None:
     """The run's evaluation, or None while there is none."""
     key = f"{staging(run_id)}/evaluation.json"
-    return Evaluation.model_validate_json(store.read(key)) if store.exists(key) else None
+    return find_document(store, key, Evaluation)
 
 
 def evaluate(
@@ -178,8 +178,7 @@ def evaluate(
         evaluation.accuracy_high,
         len(checks),
     )
-    receipt = store.keep(f"{staging(run_id)}/evaluation.json", evaluation.model_dump_json(indent=2).encode())
-    return Evaluation.model_validate_json(receipt)
+    return keep_document(store, f"{staging(run_id)}/evaluation.json", evaluation)
 
 
 @dataclass

@@ -20,6 +20,7 @@ from typing import Literal
 import psutil
 from pydantic import BaseModel, ConfigDict, Field
 
+from pipeline.documents import find_document, parse_document
 from pipeline.errors import StorageError
 from pipeline.storage import Store
 
@@ -148,7 +149,7 @@ class Hold:
 
 def read_lease(store: Store, key: str) -> Lease | None:
     """The lease as it stands; None before the first holder."""
-    return Lease.model_validate_json(store.read(key)) if store.exists(key) else None
+    return find_document(store, key, Lease)
 
 
 def ask_to_stop(store: Store, key: str) -> None:
@@ -180,7 +181,7 @@ def _take(store: Store, key: str, finished: Callable[[], bool]) -> Lease | None:
         if time.monotonic() - looked > EXPIRES_S / 2:
             unchanged_since = time.monotonic()  # the store was away: the holder could not renew its lease either
         looked = time.monotonic()
-        lease = None if current is None else Lease.model_validate_json(current)
+        lease = None if current is None else parse_document(store, key, Lease, current)
         if current != seen:
             if seen is None and lease is not None and lease.holder is not None:
                 log.info("%s process %d trains this run already: waiting", lease.holder.host, lease.holder.pid)

@@ -22,6 +22,7 @@ from ray.util.metrics import Gauge
 from torch import Tensor
 
 from pipeline.checkpoint import EpochMetrics
+from pipeline.documents import parse_document, read_document
 from pipeline.errors import StorageError
 from pipeline.storage import Store
 
@@ -169,13 +170,13 @@ def followed(store: Store, folder: str, on_epoch: OnEpoch, on_now: OnNow) -> Ite
         for key in store.keys(f"{folder}/{PROGRESS}"):
             if key not in seen and key.endswith(".json"):
                 seen.add(key)
-                _show(on_epoch, EpochMetrics.model_validate_json(store.read(key)))
+                _show(on_epoch, read_document(store, key, EpochMetrics))
 
     def look() -> None:
         nonlocal last
         if store.exists(f"{folder}/{NOW}") and (now := store.read(f"{folder}/{NOW}")) != last:
             last = now
-            _show(on_now, Now.model_validate_json(now))
+            _show(on_now, parse_document(store, f"{folder}/{NOW}", Now, now))
 
     def listen() -> None:
         for key in store.keys(f"{folder}/{LOG}"):

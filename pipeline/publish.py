@@ -15,11 +15,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from lenet.model import layer_table
 from pipeline.artifacts import FORMS, SAFETENSORS, Artifact, artifact_of, read_checked
 from pipeline.card import render_card
+from pipeline.documents import find_document, parse_document
 from pipeline.errors import ConfigError, DataError, StorageError
 from pipeline.evaluate import Evaluation, exported_key, load_model
 from pipeline.promotion import Comparison
@@ -159,13 +160,8 @@ def publish(
 def find_run(store: Store, run_id: str) -> RunManifest | None:
     """The manifest of a published run; None before it is published. DataError for one of another run, or damaged."""
     key = f"{run_folder(run_id)}/manifest.json"
-    if not store.exists(key):
-        return None
-    try:
-        manifest = RunManifest.model_validate_json(store.read(key))
-    except ValidationError as error:
-        raise DataError(f"{store.locate(key)}: not the manifest of a run ({error.errors()[0]['msg']})") from None
-    if manifest.run_id != run_id:
+    manifest = find_document(store, key, RunManifest)
+    if manifest is not None and manifest.run_id != run_id:
         raise DataError(f"{store.locate(key)}: is the manifest of run {manifest.run_id}; do not use this folder")
     return manifest
 
@@ -226,7 +222,7 @@ def copy_run(store: Store, run_id: str, output: Path) -> list[Path]:
 
 def read_latest(store: Store) -> Latest | None:
     """The pointer to the latest run; None before the first."""
-    return Latest.model_validate_json(store.read(LATEST)) if store.exists(LATEST) else None
+    return find_document(store, LATEST, Latest)
 
 
 def _copy_evaluated(store: Store, run_id: str, evaluation: Evaluation) -> dict[str, Artifact]:
@@ -293,7 +289,7 @@ def _point_latest(store: Store, run_id: str) -> None:
     """Move the pointer to this run, unless it is at a run that finished later."""
     key = f"{run_folder(run_id)}/manifest.json"
     data = store.read(key)
-    run = RunManifest.model_validate_json(data)
+    run = parse_document(store, key, RunManifest, data)
     pointer = Latest(
         run_id=run_id,
         finished=run.finished,
@@ -303,7 +299,7 @@ def _point_latest(store: Store, run_id: str) -> None:
     )
     for _ in range(LATEST_ATTEMPTS):
         current = store.read(LATEST) if store.exists(LATEST) else None
-        if current is not None and Latest.model_validate_json(current).finished > run.finished:
+        if current is not None and parse_document(store, LATEST, Latest, current).finished > run.finished:
             return
         if store.replace(LATEST, pointer.model_dump_json(indent=2).encode(), expected=current):
             return

@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict
 from lenet.model import LeNet
 from pipeline.artifacts import SAFETENSORS, predictor, read_checked
 from pipeline.checkpoint import decode_model
+from pipeline.documents import find_document, keep_document, parse_document, read_document
 from pipeline.errors import ConfigError, DataError, StorageError
 from pipeline.evaluate import Evaluation
 from pipeline.idx import Pixels
@@ -104,7 +105,7 @@ def list_models(store: Store) -> list[str]:
 def list_versions(store: Store, model: str) -> list[Version]:
     """All versions of a model, in order."""
     keys = [key for key in store.keys(f"models/{model}/versions") if key.endswith("/version.json")]
-    return sorted((Version.model_validate_json(store.read(key)) for key in keys), key=lambda v: v.version)
+    return sorted((read_document(store, key, Version) for key in keys), key=lambda v: v.version)
 
 
 def require_version(store: Store, model: str, number: int) -> Version:
@@ -112,7 +113,7 @@ def require_version(store: Store, model: str, number: int) -> Version:
     key = f"{version_folder(model, number)}/version.json"
     if not store.exists(key):
         raise DataError(f"{store.locate(f'models/{model}')}: has no version {number}; lenet models lists them")
-    return Version.model_validate_json(store.read(key))
+    return read_document(store, key, Version)
 
 
 def version_folder(model: str, number: int) -> str:
@@ -123,7 +124,7 @@ def version_folder(model: str, number: int) -> str:
 def find_champion(store: Store, model: str) -> Champion | None:
     """The champion of a model; None before the first."""
     key = champion_key(model)
-    return Champion.model_validate_json(store.read(key)) if store.exists(key) else None
+    return find_document(store, key, Champion)
 
 
 def require_champion(store: Store, model: str) -> Champion:
@@ -203,8 +204,7 @@ def promote(store: Store, config: PromoteConfig, version: Version) -> Comparison
 
     _move(store, version.model, decide)
     decision = f"{version_folder(version.model, version.version)}/decision.json"
-    kept = store.keep(decision, comparison.model_dump_json(indent=2).encode())
-    decided = Comparison.model_validate_json(kept)
+    decided = keep_document(store, decision, comparison)
     became = "is the new champion" if decided.promoted else "is registered and the champion stays"
     log.info("%s %s: %s", version, became, "; ".join(decided.reasons))
     return decided
@@ -213,7 +213,7 @@ def promote(store: Store, config: PromoteConfig, version: Version) -> Comparison
 def find_decision(store: Store, version: Version) -> Comparison | None:
     """What the rule said of a version; None while it was not asked."""
     key = f"{version_folder(version.model, version.version)}/decision.json"
-    return Comparison.model_validate_json(store.read(key)) if store.exists(key) else None
+    return find_document(store, key, Comparison)
 
 
 def promote_by_hand(store: Store, model: str, number: int) -> Champion:
@@ -351,7 +351,7 @@ def _move(store: Store, model: str, decide: Callable[[Champion | None], Change |
     key = champion_key(model)
     for _ in range(ATTEMPTS):
         current = store.read(key) if store.exists(key) else None
-        champion = None if current is None else Champion.model_validate_json(current)
+        champion = None if current is None else parse_document(store, key, Champion, current)
         change = decide(champion)
         if change is None:
             return

@@ -16,6 +16,7 @@ from datetime import UTC, datetime, timedelta
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from pipeline.documents import parse_document, read_document
 from pipeline.index import READERS, refresh_index
 from pipeline.publish import read_latest, run_folder
 from pipeline.registry import Champion, Version
@@ -214,13 +215,13 @@ class _Holders:
         new = [key for key in keys if key.endswith("/version.json") and key not in self.versions]
         with ThreadPoolExecutor(READERS) as pool:
             for key, data in zip(new, pool.map(self.store.read, new), strict=True):
-                self.versions[key] = Version.model_validate_json(data)
+                self.versions[key] = parse_document(self.store, key, Version, data)
         held: dict[str, list[str]] = defaultdict(list)
         for version in self.versions.values():
             held[version.run_id].append(f"{version.model} version {version.version}")
         for key in keys:
             if key.endswith("/champion.json"):
-                champion = Champion.model_validate_json(self.store.read(key))
+                champion = read_document(self.store, key, Champion)
                 for run_id in {champion.run_id, *(change.run_id for change in champion.changes)}:
                     held[run_id].append(f"a champion of {champion.model}")
         if latest := read_latest(self.store):

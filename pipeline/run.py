@@ -29,6 +29,7 @@ from pipeline import imports
 from pipeline.artifacts import encode_onnx
 from pipeline.catalog import CATALOG
 from pipeline.cluster import ClusterConfig, check_cluster, run_on_ray
+from pipeline.documents import find_document, keep_document, read_document
 from pipeline.download import SourceConfig, check_source, identity
 from pipeline.errors import ConfigError
 from pipeline.evaluate import Evaluation, Exported
@@ -118,14 +119,14 @@ def begin(config: RunConfig, run_id: str) -> RunConfig:
     resolved = {name: value for name, value in (recipe | recipe["augment"]).items() if name in TrainConfig.model_fields}
     parameters = config.model_dump(mode="json") | resolved
     record = RunRecord(parameters=parameters, versions=_versions(), lineage=_lineage())
-    begun = RunRecord.model_validate_json(store.keep(key, record.model_dump_json(indent=2).encode()))
+    begun = keep_document(store, key, record)
     _require_same(begun.parameters, record.parameters)
     return config
 
 
 def read_record(store: Store, run_id: str) -> RunRecord:
     """What the run was begun with."""
-    return RunRecord.model_validate_json(store.read(f"{staging(run_id)}/run.json"))
+    return read_document(store, f"{staging(run_id)}/run.json", RunRecord)
 
 
 def download(config: DataConfig) -> Path | None:
@@ -219,14 +220,12 @@ def publish(config: RunConfig, manifest: Manifest, training: Training, evaluatio
     store, run_id = open_store(config.storage), _run_id(config)
     record = read_record(store, run_id)
     key = f"{staging(run_id)}/comparison.json"
-    if store.exists(key):  # and of a run published long ago, the predictions here may be gone (pipeline.retention)
-        kept = store.read(key)
-    else:
+    comparison = find_document(store, key, Comparison)
+    if comparison is None:  # of a run published long ago, the predictions here may be gone (pipeline.retention)
         found = pipeline.registry.held_against_champion(
             store, config, evaluation, lambda: read_predictions(store, staging(run_id), evaluation.predictions)
         )
-        kept = store.keep(key, found.model_dump_json(indent=2).encode())
-    comparison = Comparison.model_validate_json(kept)
+        comparison = keep_document(store, key, found)
     return pipeline.publish.publish(
         store, run_id, record.parameters, record.versions, record.lineage, manifest, training, evaluation, comparison
     )

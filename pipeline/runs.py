@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from pipeline.checkpoint import EpochMetrics
+from pipeline.documents import read_document
 from pipeline.progress import ENDED, PROGRESS
 from pipeline.publish import find_run, read_report
 from pipeline.report import Report
@@ -73,7 +74,7 @@ def compare_runs(store: Store, first: str, second: str) -> list[Difference]:
 def _summary(store: Store, run_id: str, found: set[str]) -> RunSummary:
     parameters = read_record(store, run_id).parameters
     epochs = sorted(name for name in found if name.startswith(f"{PROGRESS}/"))
-    last = EpochMetrics.model_validate_json(store.read(f"{staging(run_id)}/{epochs[-1]}")) if epochs else None
+    last = read_document(store, f"{staging(run_id)}/{epochs[-1]}", EpochMetrics) if epochs else None
     published = find_run(store, run_id)
     state: State = "training" if epochs else "begun"
     for receipt, reached in RECEIPTS.items():

@@ -17,6 +17,7 @@ from lenet.model import LeNet, fold_standardise
 from pipeline.checkpoint import History, Position, encode_model, read_state
 from pipeline.cluster import ClusterConfig, ray_session
 from pipeline.collective import PATIENCE_S
+from pipeline.documents import find_document, keep_document
 from pipeline.errors import Terminated, TrainingError
 from pipeline.lease import Hold, held
 from pipeline.loader import LoadConfig, choose_loading
@@ -59,7 +60,7 @@ def staging(run_id: str) -> str:
 def find_training(store: Store, run_id: str) -> Training | None:
     """The receipt of the run's training, or None while it is not finished."""
     key = f"{staging(run_id)}/training.json"
-    return Training.model_validate_json(store.read(key)) if store.exists(key) else None
+    return find_document(store, key, Training)
 
 
 def fit(
@@ -145,7 +146,7 @@ def _train(
         wall_seconds=time.perf_counter() - started,
         finished=datetime.now(UTC),
     )
-    store.keep(f"{staging(run_id)}/training.json", training.model_dump_json(indent=2).encode())
+    keep_document(store, f"{staging(run_id)}/training.json", training)
 
 
 def _run_workers(

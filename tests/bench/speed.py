@@ -3,7 +3,7 @@
 Each round runs the textbook's ten epochs in a fresh process, then `lenet train` with the same ten epochs on two
 workers, from a store that holds no shards, with a Prefect home that is set up (as after a first run); then three epochs
 as Ray Train's example has them, three with one worker, three in bfloat16 if the processor multiplies it; and for what
-the machine can do, a matrix product, and the gradient in one process and in two that have nothing to do with each other.
+the machine can do, a matrix product, and the gradient in one process and in two with nothing in common.
 """
 
 import json

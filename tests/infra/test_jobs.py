@@ -15,10 +15,11 @@ from infra.__main__ import _found
 from pipeline import jobs
 from pipeline.config import config_of
 from pipeline.errors import ClusterError, ConfigError
+from pipeline.progress import LOG
 from pipeline.run import RunConfig
 from pipeline.shards import Manifest
 from pipeline.storage import Store
-from pipeline.train import Training
+from pipeline.train import Training, staging
 from tests.conftest import free_ports, wait_for
 from tests.infra.stack import Running
 
@@ -105,3 +106,7 @@ def test_two_who_train_the_same_run_at_once_follow_one_job(
     assert found[0] == found[1]
     # They have what they asked for before the job has cleared away.
     wait_for(lambda: stack.jobs("twice") == ["SUCCEEDED"], AT_MOST_S)
+    # And the code that came with the job has its compiled part.
+    said = b"".join(bucket.read(key) for key in bucket.keys(f"{staging('twice')}/{LOG}"))
+    assert b"images resident" in said
+    assert b"no compiled convolutions" not in said

@@ -104,6 +104,16 @@ def test_a_better_model_is_promoted_and_a_worse_one_refused_with_reasons(store: 
     assert find_champion(store, "lenet").run_id == "r0"  # type: ignore[union-attr]
 
 
+def test_a_damaged_version_or_champion_is_named(store: Store, published: list[str]) -> None:
+    promote(store, RULE, register(store, "lenet", published[0]))
+    store.put("models/lenet/champion.json", b'{"model": "lenet"')
+    with pytest.raises(DataError, match=r"models/lenet/champion\.json: damaged"):
+        promote(store, RULE, register(store, "lenet", published[1]))
+    store.put("models/lenet/versions/1/version.json", b"{}")
+    with pytest.raises(DataError, match=r"models/lenet/versions/1/version\.json: damaged"):
+        register(store, "lenet", published[2])
+
+
 def test_counts_are_those_of_the_models_own_predictions(
     store: Store, published: list[str], small_splits: "Splits", good_models: list[LeNet], trained: Trained
 ) -> None:
