@@ -204,7 +204,9 @@ def _begin(job: Job) -> tuple[Session, Position]:
     if session.watch.watchman is not None:
         session.watch.watchman.look()  # a training that was restarted may have been superseded meanwhile
     if device.type == "cpu" and library() is None and place.rank == 0:
-        log.warning("no compiled convolutions for this machine, so about half as fast; install with a C compiler")
+        log.warning(
+            "no compiled convolutions for this machine, so about half as fast; install gcc, then this package again"
+        )
     position = _restore(session)
     log.info(
         "on %s of %s, images %s, from epoch %d, step %d",
