@@ -5,12 +5,13 @@ It is compiled when the package is installed, if there is a C compiler, and need
 
 import ctypes
 import functools
-import importlib.util
 from ctypes import c_float, c_int, c_size_t, c_void_p
+from importlib.machinery import PathFinder
 
 import torch
 from torch import Tensor, nn
 
+import lenet
 from lenet.model import LeNet
 
 MODULE = "lenet._convolution"
@@ -21,7 +22,8 @@ ACTIVATIONS = [nn.Sigmoid, nn.Tanh, nn.ReLU]  # by their numbers in C
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled code; None where it was not compiled, or for another machine."""
-    spec, processor = importlib.util.find_spec(MODULE), torch.cpu.get_capabilities()
+    # That which belongs to this code: an installed package may be of another version than the code of a Ray job.
+    spec, processor = PathFinder.find_spec(MODULE, lenet.__path__), torch.cpu.get_capabilities()
     if spec is None or spec.origin is None or not (processor.get("avx2") and processor.get("fma3")):
         return None
     try:
