@@ -9,14 +9,14 @@ from ctypes import c_float, c_int, c_size_t, c_void_p
 from importlib.machinery import PathFinder
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import lenet
-from lenet.model import LeNet
+from lenet.model import LeNet, pixel_scaling
 
 MODULE = "lenet._convolution"
 FEATURES = 400
-ACTIVATIONS = [nn.Sigmoid, nn.Tanh, nn.ReLU]  # by their numbers in C
+ACTIVATIONS = ("sigmoid", "tanh", "relu")  # by their numbers in C
 
 
 @functools.cache
@@ -47,9 +47,8 @@ class CompiledConvolutions:
         if code is None:
             raise RuntimeError(f"{MODULE} was not compiled for this machine")
         self.code, self.count, self.side = code, count, side
-        self.kinds = ACTIVATIONS.index(type(model.act1)), int(isinstance(model.pool1, nn.MaxPool2d))
-        mean, std = (model.standardise.mean, model.standardise.std) if hasattr(model, "standardise") else (0.0, 1.0)
-        self.scaling = 1 / (255 * std), mean / std
+        self.kinds = ACTIVATIONS.index(model.activation), int(model.pooling == "max")
+        self.scaling = pixel_scaling(model)
         weight1, bias1, weight2, bias2 = list(model.parameters())[:4]
         # C has weights in rows; the model may have them in another order.
         self.weights = [(weight1, torch.empty(weight1.shape)), (weight2, torch.empty(weight2.shape))]

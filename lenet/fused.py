@@ -29,7 +29,7 @@ class Convolutions(Protocol):
         ...
 
     def backward(self, gradient: Tensor) -> None:
-        """Write the parameters' gradients, from that of the features, (400, b)."""
+        """Write the parameters' gradients, from that of the features, (400, b), which may be used up."""
         ...
 
 

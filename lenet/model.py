@@ -48,6 +48,12 @@ class Standardise(nn.Module):
         return (images - self.mean) / self.std
 
 
+def pixel_scaling(model: "LeNet") -> tuple[float, float]:
+    """Scale and shift: a pixel p of 0..255 comes to the first convolution as p * scale - shift."""
+    mean, std = (model.standardise.mean, model.standardise.std) if hasattr(model, "standardise") else (0.0, 1.0)
+    return 1 / (255 * std), mean / std
+
+
 class LeNet(nn.Module):
     """Float images (B, 1, 28, 28) or (B, 1, 32, 32), pixels 0 to 1, to float logits (B, n_classes).
 

@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from lenet.model import LeNet
+from lenet.model import LeNet, pixel_scaling
 
 WINDOW = 6  # a 5x5 filter at two places in each direction
 
@@ -31,8 +31,7 @@ class UnfoldedConvolutions:
         edge = (32 - side) // 2
         self.inner = self.pixels[0, edge : 32 - edge, edge : 32 - edge]
         conv1, conv2 = (model.conv1, model.act1, model.pool1), (model.conv2, model.act2, model.pool2)
-        scaling = (model.standardise.mean, model.standardise.std) if hasattr(model, "standardise") else (0.0, 1.0)
-        self.conv1 = _ConvPool(*conv1, gradients, self.pixels, dtype, *scaling)
+        self.conv1 = _ConvPool(*conv1, gradients, self.pixels, dtype, *pixel_scaling(model))
         self.conv2 = _ConvPool(*conv2, gradients, self.conv1.output, dtype)
         self.conv1.output_gradient = self.conv2.input_gradient
 
@@ -53,7 +52,7 @@ class UnfoldedConvolutions:
 class _ConvPool:
     """5x5 convolution, activation and 2x2 pooling of (C, H, H, b), which another layer fills.
 
-    Pixels are uint8 and count as (p / 255 - mean) / std; that is folded into the weights. The largest of four is taken
+    What fills it counts as x * scale - shift, which is folded into the weights. The largest of four is taken
     before the activation, which is a fourth of the work and the same number if the activation only rises.
     """
 
@@ -67,8 +66,8 @@ class _ConvPool:
         gradients: dict[int, Tensor],
         x: Tensor,
         dtype: torch.dtype,
-        mean: float = 0.0,
-        std: float = 1.0,
+        scale: float = 1.0,
+        shift: float = 0.0,
     ) -> None:
         self.weight, self.bias = layer.parameters()
         self.weight_gradient, self.bias_gradient = gradients[id(self.weight)], gradients[id(self.bias)]
@@ -76,7 +75,7 @@ class _ConvPool:
         self.largest = isinstance(pool, nn.MaxPool2d)
         (channels, side, _, b), out = x.shape, layer.out_channels
         pools = (side - 4) // 2
-        self.scale, self.shift = (1 / (255 * std), mean / std) if x.dtype == torch.uint8 else (1.0, 0.0)
+        self.scale, self.shift = scale, shift
         # Window (row, column) is the 6x6 pixels from (2 row, 2 column) on.
         strides = (side * side * b, side * b, b, 2 * side * b, 2 * b, 1)
         self.windows = x.as_strided((channels, WINDOW, WINDOW, pools, pools, b), strides)
@@ -148,7 +147,7 @@ class _ConvPool:
 
 
 def in_place(act: nn.Module) -> tuple[Callable[[Tensor], Tensor], Callable[..., Tensor]]:
-    """In place, and backward from its output."""
+    """The activation, in place, and its gradient from its output."""
     if isinstance(act, nn.Sigmoid):
         return torch.sigmoid_, torch.ops.aten.sigmoid_backward.grad_input
     if isinstance(act, nn.ReLU):

@@ -26,6 +26,7 @@ from hypothesis import settings
 from xdist.scheduler import LoadFileScheduling
 
 from pipeline.download import SourceConfig, fetch
+from pipeline.errors import DataError, PipelineError
 from pipeline.idx import Pixels
 from pipeline.sharding import ShardConfig, write_shards
 from pipeline.shards import Manifest
@@ -208,6 +209,15 @@ def free_range(count: int) -> int:
                     break
         else:
             return first
+
+
+def refusal(call: Callable[[], object], kind: type[PipelineError] = DataError) -> str:
+    """The message of the error of that kind that `call` raises: one line."""
+    with pytest.raises(kind) as raised:
+        call()
+    message = str(raised.value)
+    assert "\n" not in message
+    return message
 
 
 def wait_for(condition: Callable[[], object], seconds: float) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
@@ -9,10 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lenet.fused import open_gradient
+from lenet.compiled import CompiledConvolutions
+from lenet.fused import FusedGradient, open_gradient
 from lenet.model import LeNet
 from lenet.recipe import RECIPES
 from lenet.step import Gradient, PlainGradient, evaluate_step, flatten, metrics_of, no_counts, normalise, predict_step
+from lenet.unfolded import UnfoldedConvolutions
 
 if TYPE_CHECKING:
     from tests.conftest import Splits
@@ -33,8 +36,12 @@ def fresh_model() -> LeNet:
 
 
 Kind = Callable[..., Gradient]
-KINDS = [PlainGradient, open_gradient]
-both = pytest.mark.parametrize("kind", KINDS)
+KINDS = {
+    "plain": PlainGradient,
+    "compiled": partial(FusedGradient, convolutions=CompiledConvolutions),
+    "unfolded": partial(FusedGradient, convolutions=UnfoldedConvolutions),
+}
+every = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 
 
 def gradient_of(kind: Kind, model: LeNet, images: Tensor, labels: Tensor, global_batch: int) -> Tensor:
@@ -46,7 +53,7 @@ def gradient_of(kind: Kind, model: LeNet, images: Tensor, labels: Tensor, global
     return flat.grad
 
 
-@both
+@every
 def test_steps_equal_an_independent_plain_loop(kind: Kind, images: Tensor, labels: Tensor) -> None:
     model = fresh_model()
     plain = copy.deepcopy(model)
@@ -64,7 +71,7 @@ def test_steps_equal_an_independent_plain_loop(kind: Kind, images: Tensor, label
     torch.testing.assert_close(dict(model.named_parameters()), dict(plain.named_parameters()), rtol=1e-5, atol=1e-6)
 
 
-@both
+@every
 @pytest.mark.parametrize("sizes", [[200], [100, 100], [199, 1], [67, 66, 67], [120, 0, 80], [0, 0, 0, 200]])
 def test_the_gradients_of_any_slices_add_up_to_the_whole_batchs(
     kind: Kind, images: Tensor, labels: Tensor, sizes: list[int]
@@ -118,7 +125,7 @@ def test_metrics_are_the_mean_loss_and_the_share_of_hits(images: Tensor, labels:
     assert metrics.images == 200
 
 
-@both
+@every
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_a_gradient_comes_with_the_counts_of_its_batch(
     kind: Kind, images: Tensor, labels: Tensor, smoothing: float

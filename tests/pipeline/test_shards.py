@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline import shards
-from pipeline.errors import DataError, StorageError
+from pipeline.errors import StorageError
 from pipeline.sharding import ShardConfig, dataset_folder, write_shards
 from pipeline.shards import (
     Manifest,
@@ -29,19 +29,12 @@ from pipeline.shards import (
 )
 from pipeline.source import Source
 from pipeline.storage import Store, open_store, sha256
+from tests.conftest import refusal
 
 if TYPE_CHECKING:
     from tests.conftest import Splits
 
 Write = Callable[[Store], Manifest]
-
-
-def refusal(call: Callable[[], object]) -> str:
-    with pytest.raises(DataError) as raised:
-        call()
-    message = str(raised.value)
-    assert "\n" not in message
-    return message
 
 
 def shard_key(manifest: Manifest, index: int = 1) -> str:

@@ -14,6 +14,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -25,6 +26,7 @@ import pytest
 from pipeline import storage
 from pipeline.errors import ConfigError, StorageError
 from pipeline.storage import Store, open_store
+from tests import conftest
 from tests.conftest import free_ports
 
 if TYPE_CHECKING:
@@ -45,13 +47,7 @@ OPERATIONS: dict[str, Callable[[Store], object]] = {
 }
 
 
-def refusal(call: Callable[[], object]) -> str:
-    """The message of the StorageError that `call` raises: one line."""
-    with pytest.raises(StorageError) as raised:
-        call()
-    message = str(raised.value)
-    assert "\n" not in message
-    return message
+refusal = partial(conftest.refusal, kind=StorageError)
 
 
 def in_threads(count: int, work: Callable[[int], object]) -> list[object]:
