@@ -1,6 +1,6 @@
 """`lenet`: the command line, made to start quickly.
 
-Prefect's server, which takes 3 s, starts beside the imports.
+Prefect's server, which takes 4 s, starts beside the imports.
 """
 
 import sys

@@ -1,12 +1,25 @@
-"""Prefect's server for as long as one command lives, for people without a server of their own."""
+"""Prefect's server for as long as one command lives, for people without a server of their own.
 
+Prefect would start one itself, by code of the server's own package: to import that costs the command 2.4 s. This one
+is asked for sooner, imports beside the command, and ends with it however that ends.
+"""
+
+import atexit
 import contextlib
 import functools
 import os
+import re
 import signal
+import socket
+import subprocess
+import sys
+import tempfile
 import threading
+import time
+from typing import IO, NamedTuple
 
 from pipeline.errors import ConfigError
+from pipeline.imports import for_good
 
 # Nothing is scheduled on a server that lives as long as one command: 15 s to start without these, not 18.
 UNUSED_SERVICES = (
@@ -22,64 +35,110 @@ UNUSED_SERVICES = (
 )
 # Read when prefect is imported.
 SETTINGS = {
-    "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "true",
-    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
     "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",  # the terminal is ours; the server keeps all logs
     "PREFECT_LOGGING_EXTRA_LOGGERS": "pipeline,flows",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     **{f"PREFECT_SERVER_SERVICES_{service}_ENABLED": "false" for service in UNUSED_SERVICES},
 }
+START_S, STOP_S = 120, 5
+
+
+class Started(NamedTuple):
+    """The server's process, which may not answer yet, and what it prints: a terminal is the command's own."""
+
+    process: subprocess.Popen[bytes]
+    output: IO[bytes]
 
 
 @functools.cache
-def begin() -> threading.Thread | None:
-    """Start it in the background, unless the user has one: the thread that does."""
+def begin() -> Started | None:
+    """Start it, unless the user has one."""
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
+    from prefect.context import refresh_global_settings_context
     from prefect.settings import get_current_settings
 
     if get_current_settings().api.url is not None:
         return None
-    import prefect.server.api.server  # noqa: F401  # here, and not in the thread, beside other imports
-
-    thread = threading.Thread(target=_start, name="prefect", daemon=True)
-    thread.start()
-    return thread
+    output = tempfile.TemporaryFile()  # noqa: SIM115  # for as long as this process
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "flows.server", str(listener.fileno())],
+            pass_fds=[listener.fileno()],
+            stdin=subprocess.PIPE,  # by whose end it sees ours
+            stdout=output,
+            stderr=output,
+            # A terminal sends Ctrl-C to all in the foreground. Were the server to stop too, the flow would wait for
+            # it, for more than a minute, to report that it was interrupted.
+            start_new_session=True,
+        )
+        atexit.register(_stop, process)
+        # Whoever asks before it answers waits in the listener's queue.
+        os.environ["PREFECT_API_URL"] = f"http://127.0.0.1:{listener.getsockname()[1]}/api"
+    refresh_global_settings_context()
+    return Started(process, output)
 
 
 def require() -> None:
     """Return once a server answers. ConfigError when the user's own does not."""
-    if (thread := begin()) is not None:
-        thread.join()
-    trouble = _ask()
-    if trouble is None:
-        return
     from prefect.settings import get_current_settings
 
+    started, deadline = begin(), time.monotonic() + START_S
+    while trouble := _ask():
+        if started is None or started.process.poll() is not None or time.monotonic() > deadline:
+            break
+        time.sleep(0.1)
+    if trouble is None:
+        return
+    settings = get_current_settings()
+    if started is not None:
+        started.output.seek(0)
+        errors = re.findall(
+            r"^\S*(?:Error|Exception): .+", started.output.read().decode(errors="replace"), re.MULTILINE
+        )
+        why = errors[-1] if errors else trouble
+        raise ConfigError(
+            "PREFECT_HOME",
+            str(settings.home),
+            f"Prefect's server for this command does not start ({why})",
+            "mend that, or set PREFECT_API_URL to a server of yours",
+        )
     raise ConfigError(
         "PREFECT_API_URL",
-        get_current_settings().api.url,
+        settings.api.url,
         f"no Prefect server answers there ({trouble})",
         "start it, or unset the variable, and `prefect profile`, for a server that lives as long as this command",
     )
 
 
-def _start() -> None:
-    # What goes wrong beside the imports is tried again, and told, when they are over.
-    with contextlib.suppress(Exception):
-        _ask()
-
-
 def _ask() -> Exception | None:
-    """What is wrong with the server, which Prefect starts if there is none.
-
-    A terminal sends Ctrl-C to every process in the foreground. Were the server to stop too, the flow would wait for
-    it, for more than a minute, to report that it was interrupted. Children inherit the blocked signal.
-    """
+    """What is wrong with the server."""
     from prefect import get_client
 
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        with get_client(sync_client=True) as client:
-            return client.api_healthcheck()
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    with get_client(sync_client=True) as client:
+        return client.api_healthcheck()
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.communicate(timeout=STOP_S)  # which closes its input
+    process.kill()
+
+
+def main(listener: int) -> None:
+    """Be the server on the socket of this number, until whoever holds the other end of the input is gone."""
+    with for_good():
+        import uvicorn
+        from prefect.server.api.server import create_app
+
+    def watch() -> None:
+        sys.stdin.read()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, name="watch", daemon=True).start()
+    config = uvicorn.Config(create_app(ephemeral=True), log_level="error", lifespan="on")
+    uvicorn.Server(config).run(sockets=[socket.socket(fileno=listener)])
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
