@@ -20,7 +20,6 @@ from flows.predict import predict
 from flows.runs import runs
 from flows.tune import tune
 from lenet.model import LeNet, layer_table
-from pipeline import imports
 from pipeline.config import config_of
 from pipeline.errors import PipelineError, Terminated
 from pipeline.run import RunConfig, check, ray_ahead
@@ -60,7 +59,6 @@ def train(**parameters: Any) -> None:
 
         from flows.train_lenet import train_lenet  # after the server's settings, for it imports prefect
 
-        imports.ahead()
         server.require()
         try:
             published = train_lenet(**parameters)

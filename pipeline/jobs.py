@@ -113,9 +113,8 @@ def require_versions(asked: dict[str, str]) -> None:
         raise ClusterError(f"the cluster has {'; '.join(other)}; install the same versions as where the run begins")
 
 
-def run_job(address: str, work: Work[Result], meanwhile: Callable[[], None] = lambda: None) -> Result:
-    """Have it done on the cluster at `address`, by the job that is at it, or else by a new one; `meanwhile` is called
-    once it is at work.
+def run_job(address: str, work: Work[Result]) -> Result:
+    """Have it done on the cluster at `address`, by the job that is at it, or else by a new one.
 
     When this call ends before the job, by Ctrl-C, SIGTERM or cancellation, the job is stopped. Raises what was raised
     in the job, and ClusterError when the cluster is gone.
@@ -126,7 +125,6 @@ def run_job(address: str, work: Work[Result], meanwhile: Callable[[], None] = la
         job = _find(client, work) or _submit(client, work)
         log.info("following job %s", job)
         with work.followed(), _stopped_with_us(client, work, job):
-            meanwhile()
             status = _wait(client, work, job)
         if status is None:
             lost += 1

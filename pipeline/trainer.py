@@ -25,6 +25,7 @@ from ray.train.v2._internal.execution.preemption import PreemptionWatcher
 from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 from ray.train.v2._internal.execution.worker_group import WorkerGroup
 
+from pipeline import imports
 from pipeline.cluster import use_interface_of_ray
 
 log = logging.getLogger(__name__)
@@ -134,8 +135,9 @@ class _Lookout(PreemptionCallback):
 
 class _Workers(WorkerGroup):
     def _init_train_context_on_workers(self, workers: Any, sync_actor: Any, train_context_args: Any) -> None:
-        # As Ray Train's own, but that the workers have no handle of the control loop, of which they would ask for the
-        # checkpoints of before: it is no actor.
+        # As Ray Train's own, but that the workers import in our way before, and have no handle of the control loop, of
+        # which they would ask for the checkpoints of before: it is no actor.
+        ray.get([worker.actor.execute.remote(imports.training) for worker in workers])
         ray.get([
             worker.actor.init_train_context.remote(
                 train_run_context=self._train_run_context,
