@@ -18,7 +18,7 @@ import threading
 import time
 from typing import IO, NamedTuple
 
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, first_line
 from pipeline.imports import for_good
 
 # Nothing is scheduled on a server that lives as long as one command: 15 s to start without these, not 18.
@@ -80,34 +80,33 @@ def begin() -> Started | None:
 
 
 def require() -> None:
-    """Return once a server answers. ConfigError when the user's own does not."""
-    from prefect.settings import get_current_settings
-
+    """Return once a server answers. ConfigError when the user's own does not, or this command's does not start."""
     started, deadline = begin(), time.monotonic() + START_S
     while trouble := _ask():
         if started is None or started.process.poll() is not None or time.monotonic() > deadline:
-            break
+            raise _refusal(started, trouble)
         time.sleep(0.1)
-    if trouble is None:
-        return
+
+
+def _refusal(started: Started | None, trouble: Exception) -> ConfigError:
+    from prefect.settings import get_current_settings
+
     settings = get_current_settings()
-    if started is not None:
-        started.output.seek(0)
-        errors = re.findall(
-            r"^\S*(?:Error|Exception): .+", started.output.read().decode(errors="replace"), re.MULTILINE
+    if started is None:
+        return ConfigError(
+            "PREFECT_API_URL",
+            settings.api.url,
+            f"no Prefect server answers there ({first_line(trouble)})",
+            "start it, or unset the variable, and `prefect profile`, for a server that lives as long as this command",
         )
-        why = errors[-1] if errors else trouble
-        raise ConfigError(
-            "PREFECT_HOME",
-            str(settings.home),
-            f"Prefect's server for this command does not start ({why})",
-            "mend that, or set PREFECT_API_URL to a server of yours",
-        )
-    raise ConfigError(
-        "PREFECT_API_URL",
-        settings.api.url,
-        f"no Prefect server answers there ({trouble})",
-        "start it, or unset the variable, and `prefect profile`, for a server that lives as long as this command",
+    started.output.seek(0)
+    said = started.output.read().decode(errors="replace")
+    errors = re.findall(r"^\S*(?:Error|Exception): .+", said, re.MULTILINE)
+    return ConfigError(
+        "PREFECT_HOME",
+        str(settings.home),
+        f"Prefect's server for this command does not start ({errors[-1] if errors else first_line(trouble)})",
+        "mend that, or set PREFECT_API_URL to a server of yours",
     )
 
 

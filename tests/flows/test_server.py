@@ -1,6 +1,5 @@
 """Proves the Prefect server of one command: it ends with the command, and says why it cannot start."""
 
-import os
 import re
 import subprocess
 import sys
@@ -22,13 +21,8 @@ time.sleep(600)
 
 
 def test_it_ends_with_the_command_even_one_that_was_killed(tmp_path: Path) -> None:
-    env = {name: value for name, value in os.environ.items() if name != "PREFECT_API_URL"}
-    with subprocess.Popen(
-        [sys.executable, "-c", HOLDER],
-        env={**env, "PREFECT_HOME": str(tmp_path)},
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as holder:
+    command = [sys.executable, "-c", HOLDER]
+    with subprocess.Popen(command, env=Command(tmp_path).env, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout is not None
         server = psutil.Process(int(holder.stdout.readline()))
         assert server.is_running()
