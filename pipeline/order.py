@@ -34,8 +34,9 @@ def permutation(count: int, seed: int, epoch: int, *stream: int) -> Rows:
 
 
 def share(total: int, index: int, parts: int) -> tuple[int, int]:
-    """Start and stop of the share of part `index` of `total` things in a row; the shares differ by one at most."""
-    return total * index // parts, total * (index + 1) // parts
+    """Start and stop of the share of part `index` of `total` things in a row. The shares differ by one at most; the
+    first is among the largest: rank 0, which speaks for all, has an image of every batch."""
+    return -(-total * index // parts), -(-total * (index + 1) // parts)
 
 
 def steps_per_epoch(rows: int, global_batch_size: int) -> int:

@@ -98,13 +98,14 @@ def test_another_seed_epoch_or_stream_gives_another_order(rows: int, one: list[i
 
 
 @given(total=st.integers(0, 5000), world=WORLD)
-def test_shares_lie_end_to_end_and_differ_by_one_at_most(total: int, world: int) -> None:
+def test_shares_lie_end_to_end_and_differ_by_one_at_most_with_none_above_the_first(total: int, world: int) -> None:
     shares = [share(total, rank, world) for rank in range(world)]
     assert shares[0][0] == 0
     assert shares[-1][1] == total
     assert all(stop == start for (_, stop), (start, _) in itertools.pairwise(shares))
-    sizes = {stop - start for start, stop in shares}
+    sizes = [stop - start for start, stop in shares]
     assert max(sizes) - min(sizes) <= 1
+    assert sizes[0] == max(sizes)
 
 
 @settings(max_examples=60)
