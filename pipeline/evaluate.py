@@ -33,7 +33,7 @@ from pipeline.artifacts import (
 from pipeline.checkpoint import decode_model
 from pipeline.documents import find_document, keep_document
 from pipeline.errors import DataError
-from pipeline.metrics import Predictor, Tally, Verdict
+from pipeline.metrics import Logits, Predictor, Tally, Verdict
 from pipeline.predictions import digest_of_rows, encode_predictions, sum_of_rows
 from pipeline.probe import Robustness, Speed, robustness, speed
 from pipeline.shards import Manifest, read_rows, read_shard
@@ -42,7 +42,7 @@ from pipeline.train import Training, staging
 
 log = logging.getLogger(__name__)
 
-# How far the logits of two forms of one model may be apart: float32 sums in another order differ by 4e-6 here.
+# How far the logits of two forms of one model may be `apart`: float32 sums in another order are by 4e-6 here.
 TOLERANCE = 1e-4
 PROBED = 10_000  # test images for robustness
 ON_RAY_FROM = 500_000  # test images; below, starting Ray takes longer than judging them
@@ -60,8 +60,8 @@ class Exported(BaseModel):
 
 
 class FormCheck(BaseModel):
-    """One form as it was opened from the store: its largest difference, of any logit of any test image, to
-    model.safetensors, and how many test images it recognises."""
+    """One form as it was opened from the store: how far its logits are `apart` from those of model.safetensors at
+    most, of any test image, and how many test images it recognises."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -228,24 +228,30 @@ class JudgeShard:
         tally.add(reference, labels, first_row)
         return ShardVerdict(
             tally=tally,
-            differences={name: float(np.abs(found - reference).max()) for name, found in logits.items()},
+            differences={name: float(apart(found, reference).max()) for name, found in logits.items()},
             correct={name: int((found.argmax(axis=1) == labels).sum()) for name, found in logits.items()},
             rows_digest=sum_of_rows(images, labels, first_row),
             predictions=encode_predictions(reference, labels, first_row),
         )
 
 
+def apart(found: Logits, reference: Logits) -> Logits:
+    """The largest difference of logits (n, n_classes) for each image, (n,); as part of the largest logit, where that is
+    above 1: rounding errors grow with it."""
+    difference: Logits = np.abs(found - reference).max(axis=1) / np.maximum(np.abs(reference).max(axis=1), 1)
+    return difference
+
+
 def require_agreement(checks: dict[str, FormCheck]) -> None:
-    """DataError unless all forms are one model: logits within TOLERANCE, and the same number of images right."""
-    right = checks[SAFETENSORS].correct
+    """DataError unless all forms are one model: logits within TOLERANCE. Where a model holds two classes for as likely
+    to 4 digits, its forms may still decide for one each."""
     for name, check in checks.items():
         if not check.largest_difference <= TOLERANCE:  # not a number is not agreement either
             raise DataError(
                 f"{name}: its logits differ from those of {SAFETENSORS} by up to {check.largest_difference:.2g}, "
-                f"more than {TOLERANCE:g}; it is another model, export it anew"
+                f"more than {TOLERANCE:g}; it is another model, export it anew, or so near to diverging that rounding "
+                "decides, train it with a lower lr"
             )
-        if check.correct != right:
-            raise DataError(f"{name}: {check.correct} test images right, {SAFETENSORS} has {right}; export it anew")
 
 
 def load_model(store: Store, key: str, expected_sha256: str) -> LeNet:

@@ -8,7 +8,7 @@ import numpy as np
 
 from pipeline.artifacts import FORMS, SAFETENSORS
 from pipeline.errors import DataError
-from pipeline.evaluate import TOLERANCE, FormCheck, JudgeShard, ShardVerdict, require_agreement
+from pipeline.evaluate import TOLERANCE, FormCheck, JudgeShard, ShardVerdict, apart, require_agreement
 from pipeline.metrics import Tally, Verdict
 from pipeline.predictions import decode_predictions, digest_of_rows, read_predictions
 from pipeline.publish import FORMAT_VERSION, RunManifest, headline_of, read_report, run_folder, verify_run
@@ -44,7 +44,7 @@ def verify(url: str) -> Iterator[str]:
     _require_equal(store, run_id, verdict, report)
     yield f"report.json: every number follows from the predictions, accuracy {verdict.accuracy:.4f} among them"
     yield _predict_again(store, run, dataset)
-    yield f"{', '.join(FORMS)} are one model: same images right, logits within {TOLERANCE:g}"
+    yield f"{', '.join(FORMS)} are one model: logits within {TOLERANCE:g}"
 
 
 def _require_same_run(store: Store, run: RunManifest, report: Report) -> None:
@@ -110,9 +110,9 @@ def _predict_again(store: Store, run: RunManifest, dataset: Manifest) -> str:
             raise DataError(f"{where}: does not have the rows of test shard {number}; do not use the run")
         if not np.array_equal(said.labels, found.labels):
             raise DataError(f"{where}: its labels are not those of the dataset; do not use the run")
-        apart = np.abs(said.logits - found.logits).max(axis=1)
-        if not (apart <= TOLERANCE).all():
-            row = said.first_row + int(np.argmax(~(apart <= TOLERANCE)))
+        near = apart(said.logits, found.logits) <= TOLERANCE
+        if not near.all():
+            row = said.first_row + int(np.argmin(near))
             raise DataError(f"{where}: not what {SAFETENSORS} predicts, first at row {row}; do not use the run")
         total.add(part)
     if digest_of_rows(total.rows_digest, dataset) != run.test_digest:
