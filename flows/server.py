@@ -9,7 +9,6 @@ import contextlib
 import functools
 import os
 import re
-import signal
 import socket
 import subprocess
 import sys
@@ -130,13 +129,14 @@ def main(listener: int) -> None:
         import uvicorn
         from prefect.server.api.server import create_app
 
+    server = uvicorn.Server(uvicorn.Config(create_app(ephemeral=True), log_level="error", lifespan="on"))
+
     def watch() -> None:
         sys.stdin.read()
-        os.kill(os.getpid(), signal.SIGTERM)
+        server.should_exit = True
 
     threading.Thread(target=watch, name="watch", daemon=True).start()
-    config = uvicorn.Config(create_app(ephemeral=True), log_level="error", lifespan="on")
-    uvicorn.Server(config).run(sockets=[socket.socket(fileno=listener)])
+    server.run(sockets=[socket.socket(fileno=listener)])
 
 
 if __name__ == "__main__":
