@@ -219,7 +219,7 @@ def test_a_test_split_alone_is_refused(pictures: Path, refused: Refused) -> None
 
 def test_one_class_is_refused(small_splits: "Splits", tmp_path: Path, refused: Refused) -> None:
     save(tmp_path / "one", small_splits["train"][0][:3], np.zeros(3, np.uint8))
-    assert "number of classes 1; between 2 and 256 can be told apart" in refused(tmp_path / "one")
+    assert "1 classes; between 2 and 256 can be told apart" in refused(tmp_path / "one")
 
 
 def test_more_classes_than_a_byte_can_tell_are_refused(tmp_path: Path, refused: Refused) -> None:
