@@ -63,7 +63,6 @@ def up(stack: Stack) -> None:
             "PREFECT_HOME": str((stack.folder / "prefect").absolute()),
             "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
             "PREFECT_SERVER_DATABASE_TIMEOUT": "60",  # SQLite has one writer; others wait for it rather than fail
-            "PREFECT_SERVER_DEPLOYMENTS_CONCURRENCY_SLOT_WAIT_SECONDS": "10",  # a queued run asks again: not 30
             "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
             "PREFECT_WORKER_QUERY_SECONDS": "1",  # how often a worker asks for work: 10 is what a person waits for
             "PREFECT_LOGGING_EXTRA_LOGGERS": "pipeline,flows",
