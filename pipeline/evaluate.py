@@ -147,6 +147,7 @@ def evaluate(
         predictions[name] = artifact_of(data)
         total.add(part)
     verdict = total.tally.verdict(manifest.classes)
+    require_agreement(total.differences)
     checks = {
         name: FormCheck(
             bytes=form.bytes,
@@ -156,7 +157,6 @@ def evaluate(
         )
         for name, form in exported.forms.items()
     }
-    require_agreement(checks)
     images, labels = read_rows(store, manifest, "test", 0, min(PROBED, manifest.rows("test")))
     evaluation = Evaluation(
         **verdict.model_dump(),
@@ -200,7 +200,8 @@ class ShardVerdict:
         """Take in the shard after those that are in."""
         self.tally.merge(later.tally)
         for name in FORMS:
-            self.differences[name] = max(self.differences[name], later.differences[name])
+            # Unlike Python's, this maximum of a number and of what is none is none.
+            self.differences[name] = float(np.maximum(self.differences[name], later.differences[name]))
             self.correct[name] += later.correct[name]
         self.rows_digest = (self.rows_digest + later.rows_digest) % 2**256
 
@@ -242,13 +243,13 @@ def apart(found: Logits, reference: Logits) -> Logits:
     return difference
 
 
-def require_agreement(checks: dict[str, FormCheck]) -> None:
-    """DataError unless all forms are one model: logits within TOLERANCE. Where a model holds two classes for as likely
-    to 4 digits, its forms may still decide for one each."""
-    for name, check in checks.items():
-        if not check.largest_difference <= TOLERANCE:  # not a number is not agreement either
+def require_agreement(differences: dict[str, float]) -> None:
+    """DataError unless all forms are one model: logits no further `apart` than TOLERANCE. Where a model holds two
+    classes for as likely to 4 digits, its forms may still decide for one each."""
+    for name, difference in differences.items():
+        if not difference <= TOLERANCE:  # not a number is not agreement either
             raise DataError(
-                f"{name}: its logits differ from those of {SAFETENSORS} by up to {check.largest_difference:.2g}, "
+                f"{name}: its logits differ from those of {SAFETENSORS} by up to {difference:.2g}, "
                 f"more than {TOLERANCE:g}; it is another model, export it anew, or so near to diverging that rounding "
                 "decides, train it with a lower lr"
             )

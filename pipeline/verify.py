@@ -8,7 +8,7 @@ import numpy as np
 
 from pipeline.artifacts import FORMS, SAFETENSORS
 from pipeline.errors import DataError
-from pipeline.evaluate import TOLERANCE, FormCheck, JudgeShard, ShardVerdict, apart, require_agreement
+from pipeline.evaluate import TOLERANCE, JudgeShard, ShardVerdict, apart, require_agreement
 from pipeline.metrics import Tally, Verdict
 from pipeline.predictions import decode_predictions, digest_of_rows, read_predictions
 from pipeline.publish import FORMAT_VERSION, RunManifest, headline_of, read_report, run_folder, verify_run
@@ -117,15 +117,5 @@ def _predict_again(store: Store, run: RunManifest, dataset: Manifest) -> str:
         total.add(part)
     if digest_of_rows(total.rows_digest, dataset) != run.test_digest:
         raise DataError(f"{store.locate(folder)}: was judged by other test images than the dataset's; do not use it")
-    require_agreement(
-        {
-            name: FormCheck(
-                bytes=run.artifacts[name].bytes,
-                sha256=run.artifacts[name].sha256,
-                largest_difference=total.differences[name],
-                correct=total.correct[name],
-            )
-            for name in FORMS
-        }
-    )
+    require_agreement(total.differences)
     return f"predictions: what the model says of all {dataset.rows('test'):,} test images of {dataset.dataset}"

@@ -19,7 +19,7 @@ from pipeline.checkpoint import encode_model
 from pipeline.errors import DataError
 from pipeline.evaluate import (
     Exported,
-    FormCheck,
+    ShardVerdict,
     apart,
     evaluate,
     export,
@@ -128,12 +128,20 @@ def test_a_form_of_another_model_is_refused(
 
 @pytest.mark.parametrize("difference", [2e-4, float("nan")])
 def test_forms_that_are_not_one_model_are_refused(difference: float) -> None:
-    def check(difference: float, correct: int = 7) -> FormCheck:
-        return FormCheck(bytes=1, sha256="s", largest_difference=difference, correct=correct)
-
-    require_agreement({SAFETENSORS: check(0), ONNX: check(9e-5, correct=6)})
+    require_agreement({SAFETENSORS: 0, ONNX: 9e-5})
     with pytest.raises(DataError, match=f"{ONNX}: its logits differ"):
-        require_agreement({SAFETENSORS: check(0), ONNX: check(difference)})
+        require_agreement({SAFETENSORS: 0, ONNX: difference})
+
+
+@pytest.mark.parametrize("differences", [(0.0, np.nan, 0.0), (np.nan, 0.0, 0.0), (0.0, 2e-4, 0.0)])
+def test_what_differs_in_one_shard_differs_in_all(differences: tuple[float, ...]) -> None:
+    total = ShardVerdict.of_nothing(10)
+    for difference in differences:
+        shard = ShardVerdict.of_nothing(10)
+        shard.differences[ONNX] = difference
+        total.add(shard)
+    with pytest.raises(DataError, match=f"{ONNX}: its logits differ"):
+        require_agreement(total.differences)
 
 
 def test_logits_are_as_far_apart_as_their_size_says() -> None:
