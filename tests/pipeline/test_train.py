@@ -177,7 +177,8 @@ fit(store, {run_id!r}, manifest, TrainConfig(epochs=1, shift=1, checkpoint_steps
     driver.wait()
     assert find_training(store, run_id) is None, "it was over before it could be killed"
     assert seen
-    wait_for(lambda: not processes_with("LENET_TEST", name), 60)  # a local Ray goes with its driver
+    # A local Ray goes with its driver; but one of its processes that was being started waits a minute for its server.
+    wait_for(lambda: not processes_with("LENET_TEST", name), 180)
 
 
 def test_more_workers_than_images_in_the_last_batch_agree_too(
