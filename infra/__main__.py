@@ -66,6 +66,7 @@ def up(stack: Stack) -> None:
             "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
             "PREFECT_WORKER_QUERY_SECONDS": "1",  # how often a worker asks for work: 10 is what a person waits for
             "PREFECT_LOGGING_EXTRA_LOGGERS": "pipeline,flows",
+            "RAY_worker_niceness": "0",  # as of a local Ray: training does not give way to all else on this machine
             "PYTHONWARNINGS": "ignore",
         }
         subprocess.run([BIN / "supervisord", "--configuration", configuration(stack)], env=theirs | own, check=True)

@@ -79,7 +79,7 @@ def check_inside(path: Path, root: Path) -> None:
 def check_classes(classes: Sequence[str], where: str) -> None:
     """DataError unless there are 2 to 256 classes with names that can be shown."""
     if not 2 <= len(classes) <= MAX_CLASSES:
-        raise DataError(f"{where}: {len(classes)} classes; between 2 and {MAX_CLASSES} can be told apart")
+        raise DataError(f"{where}: classes found: {len(classes)}; between 2 and {MAX_CLASSES} can be told apart")
     for name in classes:
         if not name.strip() or not name.isprintable() or len(name) > MAX_CLASS_NAME:
             raise DataError(

@@ -115,7 +115,7 @@ def _train(
             lease_token=hold.lease.token,
         )
         log.info(
-            "starting %s Ray workers for %d epochs; training images (%.0f MiB) are %s",
+            "starting Ray workers: %s, epochs: %d; training images (%.0f MiB) are %s",
             cluster.workers,
             job.recipe.epochs,
             manifest.pixel_bytes("train") / MIB,

@@ -41,9 +41,9 @@ Splits = dict[str, tuple[Pixels, Pixels]]
 
 START_DEADLINE_S = 30
 # One token for every Ray that tests start, on loopback, the stack's too. A process reads these when it imports Ray, and
-# the conftests of the folders below do so.
+# the conftests of the folders below do so. Workers get their share of a busy machine, as those of a local Ray do.
 RAY_TOKEN = "5" * 64
-os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=RAY_TOKEN)
+os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=RAY_TOKEN, RAY_worker_niceness="0")
 # Files that share what takes a minute to make.
 SHARED = {
     "tests/infra/test_jobs.py": "stack",

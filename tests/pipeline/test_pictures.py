@@ -219,14 +219,14 @@ def test_a_test_split_alone_is_refused(pictures: Path, refused: Refused) -> None
 
 def test_one_class_is_refused(small_splits: "Splits", tmp_path: Path, refused: Refused) -> None:
     save(tmp_path / "one", small_splits["train"][0][:3], np.zeros(3, np.uint8))
-    assert "1 classes; between 2 and 256 can be told apart" in refused(tmp_path / "one")
+    assert "classes found: 1; between 2 and 256 can be told apart" in refused(tmp_path / "one")
 
 
 def test_more_classes_than_a_byte_can_tell_are_refused(tmp_path: Path, refused: Refused) -> None:
     for number in range(257):
         (tmp_path / "many" / str(number)).mkdir(parents=True)
         (tmp_path / "many" / str(number) / "x.png").write_bytes(b"")
-    assert "257 classes; between 2 and 256" in refused(tmp_path / "many")
+    assert "classes found: 257; between 2 and 256" in refused(tmp_path / "many")
 
 
 def test_a_picture_outside_the_classes_is_refused(pictures: Path, refused: Refused) -> None:

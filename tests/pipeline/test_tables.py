@@ -301,7 +301,7 @@ def test_more_words_than_classes_can_be_are_refused(spoiled: Callable[..., Path]
         (None, pa.array([0.0, 1.0]), "label: double is no label; it has to be integers or text"),
         (None, pa.array([True, False]), "label: bool is no label"),
         (None, pa.array(["\n", "b"]), r"'\n' cannot be a class's name"),
-        (None, pa.array([0, 0]), "1 classes; between 2 and 256"),
+        (None, pa.array([0, 0]), "classes found: 1; between 2 and 256"),
     ],
 )
 def test_a_wrong_schema_is_named(
