@@ -187,6 +187,8 @@ def test_a_killed_flow_process_is_followed_by_another_that_finds_the_training(st
 def test_a_cancelled_flow_run_stops_its_training_and_frees_the_workers(stack: Running, bucket: Store) -> None:
     stack.prefect("deployment", "run", "train-lenet/train-lenet", "-p", "epochs=500", "-p", "run_id=cancelled")
     wait_for(lambda: begun(bucket, "cancelled"), 200)
+    workers = [process for process in stack.processes() if process.name().startswith("ray::RayTrainWorker")]
+    assert [worker.nice() for worker in workers] == [0, 0]  # they do not give way to all else
     flow_run = stack.flow_run()
     started = time.monotonic()
     body = {"state": {"type": "CANCELLING"}}
