@@ -29,7 +29,7 @@ from pipeline.errors import ClusterError, ConfigError, first_line
 
 log = logging.getLogger(__name__)
 
-# Ray and Ray Train read these from the environment; what the user has set there stays.
+# Ray Train reads these from the environment; what the user has set there stays.
 RAY_TRAIN_SETTINGS = {
     "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "120",  # give up a hung worker after 2 minutes, not 10
     "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": "120",  # and wait no longer for one that does not report, instead of for ever
@@ -40,8 +40,8 @@ RAY_TRAIN_SETTINGS = {
     "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",  # the control loop is of this process, and its log ours
 }
 # Ray's workers give way to all other processes, at niceness 15. On a machine of one's own, with three that were busy on
-# two cores, training had not begun after 160 s; this way, after 18.
-LOCAL_RAY_SETTINGS = {"RAY_worker_niceness": "0"}
+# two cores, training had not begun after 160 s; this way, after 18. No variable: other threads read the environment.
+LOCAL_RAY_SETTINGS = {"worker_niceness": 0}
 
 _connecting = threading.Lock()
 _wanted_no_more = threading.Event()  # the Ray that was started ahead
@@ -314,8 +314,14 @@ def _connect(config: ClusterConfig) -> None:
     if config.ray_address is None:
         resources = local_resources()
         cpus, gpus = int(resources["CPU"]), int(resources["GPU"])
-        with _defaults(LOCAL_RAY_SETTINGS):
-            ray.init(address="local", num_cpus=cpus, num_gpus=gpus, include_dashboard=False, **quiet)
+        ray.init(
+            address="local",
+            num_cpus=cpus,
+            num_gpus=gpus,
+            include_dashboard=False,
+            _system_config=LOCAL_RAY_SETTINGS,
+            **quiet,
+        )
         return
     # In a thread of its own: it ends with this process, if not before.
     connecting: Future[Any] = Future()

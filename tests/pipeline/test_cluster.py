@@ -137,7 +137,6 @@ def test_values_out_of_bounds_are_refused(field: str, value: object) -> None:
 def test_the_workers_of_a_local_ray_do_not_give_way_to_other_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_worker_niceness")  # set for all tests
     assert list(run_on_ray(ClusterConfig(workers=1, gpu="no"), os.nice, [0])) == [os.nice(0)]
-    assert "RAY_worker_niceness" not in os.environ
 
 
 @pytest.fixture(scope="module")
