@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 import ray
 import torch
+from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
+from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 
 from pipeline.checkpoint import FILE_NAME, EpochMetrics, decode_model, read_state
 from pipeline.cluster import ClusterConfig
@@ -133,20 +135,18 @@ def test_a_node_about_to_go_is_left_with_a_checkpoint(
     seen: list[tuple[int, int]] = []
 
     def drain_one() -> None:
-        node = cluster.list_all_nodes()[1]
+        node, why = cluster.list_all_nodes()[1].node_id, DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION
+        end = time.time_ns() // 1_000_000 + 8_000
+        GcsClient(cluster.address).drain_node(node, why, "spot", end)
         cluster.add_node(num_cpus=1)
-        command = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--address", cluster.address,
-                   "--node-id", node.node_id, "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot",
-                   "--deadline-remaining-seconds", "8"]  # fmt: skip
-        subprocess.run(command, check=True, capture_output=True)
         deadline = time.monotonic() + 8
         while time.monotonic() < deadline:
             seen.extend(positions(store, "drained"))
             time.sleep(0.05)
 
-    # Epochs of seconds, so that there are checkpoints in the middle of them.
+    # Epochs of four seconds or more, so that there are checkpoints in the middle of them.
     manifest = write_shards(store, fashion_mnist, ShardConfig())
-    config = TrainConfig(epochs=3, lr=0.1)
+    config = TrainConfig(epochs=3, global_batch_size=16, lr=0.1)
     on_epoch, acted = once_after(1, drain_one)
     training = fit(store, "drained", manifest, config, TWO_ON_A_CLUSTER, LoadConfig(), on_epoch)
     acted[0].result()
