@@ -40,7 +40,7 @@ RAY_TRAIN_SETTINGS = {
     "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",  # the control loop is of this process, and its log ours
 }
 # Ray's workers give way to all other processes, at niceness 15. On a machine of one's own, with three that were busy on
-# two cores, training had not begun after 160 s; this way, after 18. No variable: other threads read the environment.
+# two cores, training had not begun after 130 s; this way, after 18. No variable: other threads read the environment.
 LOCAL_RAY_SETTINGS = {"worker_niceness": 0}
 
 _connecting = threading.Lock()
