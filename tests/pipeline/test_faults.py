@@ -137,7 +137,8 @@ def test_a_node_about_to_go_is_left_with_a_checkpoint(
     def drain_one() -> None:
         node, why = cluster.list_all_nodes()[1].node_id, DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION
         end = time.time_ns() // 1_000_000 + 8_000
-        GcsClient(cluster.address).drain_node(node, why, "spot", end)
+        accepted, refusal = GcsClient(cluster.address).drain_node(node, why, "spot", end)
+        assert accepted, refusal
         cluster.add_node(num_cpus=1)
         deadline = time.monotonic() + 8
         while time.monotonic() < deadline:
