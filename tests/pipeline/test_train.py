@@ -140,6 +140,8 @@ def test_one_to_four_workers_agree_after_an_epoch_of_all_60000_images_and_so_do_
         for workers, checkpoints in ((2, 1), (1, 3)):
             kill_in_mid_epoch(store, "streaming-0", manifest, workers, checkpoints)
         trainings[0] = fit(store, "streaming-0", manifest, config, ClusterConfig(workers=3, gpu="no"), load)
+        # A local Ray goes with its driver; but a process that was being started waits a minute for its server.
+        wait_for(lambda: not processes_with("LENET_TEST", "streaming-0"), 180)
     one = weights(store, f"{loading}-1")
     for name in trainings:
         assert_close(weights(store, f"{loading}-{name}"), one)
@@ -163,8 +165,7 @@ manifest = require_manifest(store, {manifest.folder!r})
 fit(store, {run_id!r}, manifest, TrainConfig(epochs=1, shift=1, checkpoint_steps=20),
     ClusterConfig(workers={workers}, cpus_per_worker=0.5, gpu="no"), LoadConfig(loading="streaming"))
 """
-    name = f"{run_id}-{workers}"
-    driver = subprocess.Popen([sys.executable, "-c", script], env={**os.environ, "LENET_TEST": name})
+    driver = subprocess.Popen([sys.executable, "-c", script], env={**os.environ, "LENET_TEST": run_id})
     seen: set[str] = set()
 
     def written() -> bool:
@@ -177,8 +178,6 @@ fit(store, {run_id!r}, manifest, TrainConfig(epochs=1, shift=1, checkpoint_steps
     driver.wait()
     assert find_training(store, run_id) is None, "it was over before it could be killed"
     assert seen
-    # A local Ray goes with its driver; but one of its processes that was being started waits a minute for its server.
-    wait_for(lambda: not processes_with("LENET_TEST", name), 180)
 
 
 def test_more_workers_than_images_in_the_last_batch_agree_too(
