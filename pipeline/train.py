@@ -25,7 +25,7 @@ from pipeline.progress import ENDED, OnEpoch, OnNow, WriteProgress, followed
 from pipeline.recipe import TrainConfig
 from pipeline.shards import Manifest
 from pipeline.storage import Store, sha256
-from pipeline.trainer import TellFailures, Trainer, cause_of, on_signal
+from pipeline.trainer import Trainer, cause_of, mistake_of, on_signal
 from pipeline.worker import RAY_FOLDER, Job, lease_key, train_worker
 
 log = logging.getLogger(__name__)
@@ -171,14 +171,16 @@ def _run_workers(
             storage_filesystem=store.arrow,
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=CHECKPOINTS_KEPT),
             failure_config=ray.train.FailureConfig(max_failures=MAX_FAILURES),
-            callbacks=[WriteProgress(store, staging(run_id)), TellFailures()],  # type: ignore[list-item]
+            callbacks=[WriteProgress(store, staging(run_id))],  # type: ignore[list-item]
         ),
     )
     try:
         checkpoint = trainer.fit().checkpoint
     except ray.train.TrainingFailedError as error:
+        if mistake := mistake_of(error):
+            raise mistake from None
         store.check_writable()  # a store that went away is the likelier cause, and its error says so
-        raise TrainingError(f"training failed {MAX_FAILURES + 1} times, at last with: {cause_of(error)}") from error
+        raise TrainingError(f"training failed for good: {cause_of(error)}") from error
     if checkpoint is None:
         return {}, Position()
     return read_state(store.read(job.state_key(Path(checkpoint.path).name)))

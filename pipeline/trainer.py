@@ -14,22 +14,27 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import ray
-from ray.train import Result, UserCallback
+from ray.train import Result
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.torch.config import _TorchBackend
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.callbacks.preemption_callback import PreemptionCallback
 from ray.train.v2._internal.execution.controller import TrainController
+from ray.train.v2._internal.execution.failure_handling import FailureDecision
+from ray.train.v2._internal.execution.failure_handling.default import DefaultFailurePolicy
 from ray.train.v2._internal.execution.preemption import PreemptionWatcher
 from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 from ray.train.v2._internal.execution.worker_group import WorkerGroup
+from ray.train.v2.api.exceptions import TrainingFailedError
 
 from pipeline import imports
 from pipeline.cluster import use_interface_of_ray
+from pipeline.errors import PipelineError
 
 log = logging.getLogger(__name__)
 
+DIED = "its worker process has died"
 OUT_OF_MEMORY = re.compile(r"Memory on the node \(IP: ([^,]+),[^)]*\) was (\S+) used / (\S+) limit")
 
 
@@ -50,13 +55,10 @@ def on_signal(number: signal.Signals, act: Callable[[], None]) -> Iterator[None]
         signal.signal(number, before)
 
 
-class TellFailures(UserCallback):
-    """Says in the log that a training goes on from its last checkpoint, and why it has to."""
-
-    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        """Called by Ray Train, with the error of each rank that has failed."""
-        causes = "; ".join(f"rank {rank}: {cause_of(error)}" for rank, error in sorted(worker_exceptions.items()))
-        log.warning("%s. All ranks start again, from the last checkpoint", causes)
+def mistake_of(failure: Exception) -> PipelineError | None:
+    """The error among those of the ranks that a user has to mend, as another start would meet it again."""
+    errors = getattr(failure, "worker_failures", {}).values()
+    return next((error for error in errors if isinstance(error, PipelineError) and not error.may_pass), None)
 
 
 def cause_of(error: BaseException) -> str:
@@ -64,8 +66,10 @@ def cause_of(error: BaseException) -> str:
     if memory := OUT_OF_MEMORY.search(text := str(error)):
         host, used, limit = memory.groups()
         return f"{host} has run out of memory ({used} of {limit} used): ask for fewer workers, or more memory"
+    if DIED in text:  # a page that guesses why
+        return "its process has died: it was killed, or it crashed"
     lines = [line for line in text.splitlines() if line.strip()]
-    return lines[-1].strip() if lines else type(error).__name__
+    return lines[-1].strip().rstrip(".") if lines else type(error).__name__
 
 
 def _interrupt() -> None:
@@ -87,12 +91,13 @@ class Trainer(TorchTrainer):
         needed = [callback for callback in callbacks if not isinstance(callback, idle)]
         return needed if self.local else [*needed, _Lookout()]  # a local Ray's machine is not taken away
 
-    def _initialize_and_run_controller(self, scaling_policy: Any, **asked: Any) -> Result:
+    def _initialize_and_run_controller(self, scaling_policy: Any, failure_policy: Any, **asked: Any) -> Result:
         if self.local and isinstance(scaling_policy, FixedScalingPolicy):
             scaling_policy = _NothingToScale(scaling_policy.scaling_config)
         logging.getLogger(TrainController.__module__).setLevel(logging.CRITICAL)  # of pages; what it raises is told
         logging.getLogger(PreemptionWatcher.__module__).setLevel(logging.ERROR)  # it would tell of every head away
-        controller = _Controller(scaling_policy=scaling_policy, **asked)
+        failure_policy = _Failures(failure_policy.failure_config)
+        controller = _Controller(scaling_policy=scaling_policy, failure_policy=failure_policy, **asked)
         try:
             # asyncio's own handler of Ctrl-C is heard where the loop waits: nowhere, while looking at the workers takes
             # longer than the pause between two looks.
@@ -155,6 +160,22 @@ class _Workers(WorkerGroup):
 
 class _Controller(TrainController):
     worker_group_cls = _Workers
+
+
+class _Failures(DefaultFailurePolicy):
+    """As Ray Train's own, but that it says why all start again, and does not have them meet a user's mistake again."""
+
+    def _is_retryable_error(self, training_failed_error: TrainingFailedError) -> bool:
+        return mistake_of(training_failed_error) is None and super()._is_retryable_error(training_failed_error)
+
+    def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
+        decision = super().make_decision(training_failed_error)
+        if decision is FailureDecision.RETRY:
+            ranks = getattr(training_failed_error, "worker_failures", {})
+            causes = [f"rank {rank}: {cause_of(error)}" for rank, error in sorted(ranks.items())]
+            told = "; ".join(causes) or cause_of(training_failed_error)
+            log.warning("%s. All ranks start again, from the last checkpoint", told)
+        return decision
 
 
 class _NothingToScale(FixedScalingPolicy):

@@ -1,6 +1,7 @@
 """Proves on a real Ray that the result depends on neither the number of workers nor on workers and drivers dying."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from lenet.recipe import RECIPES
 from lenet.step import evaluate_step, metrics_of
 from pipeline.checkpoint import FILE_NAME, EpochMetrics, decode_model
 from pipeline.cluster import ClusterConfig
-from pipeline.errors import TrainingError
+from pipeline.errors import DataError, TrainingError
 from pipeline.idx import Pixels
 from pipeline.loader import LoadConfig
 from pipeline.order import permutation
@@ -34,7 +35,7 @@ from pipeline.source import Source
 from pipeline.storage import Store, open_store
 from pipeline.train import find_training, fit, staging
 from pipeline.worker import train_worker
-from tests.conftest import processes_with, wait_for
+from tests.conftest import processes_with, refusal, wait_for
 
 Splits = dict[str, tuple[Pixels, Pixels]]
 Weights = dict[str, torch.Tensor]
@@ -217,7 +218,9 @@ def test_a_worker_killed_in_epoch_2_is_told_of_and_changes_nothing(
         small_store, "worker-killed", manifest, SMALL_RUN, ClusterConfig(workers=2, gpu="no"), LoadConfig(), kill_one
     )
     assert len(killed) == 1
-    assert [record.message for record in caplog.records if "All ranks start again" in record.message]
+    [told] = [record.message for record in caplog.records if "start again" in record.message]
+    cause = r"rank \d: its process has died: it was killed, or it crashed"
+    assert re.fullmatch(rf"{cause}\. All ranks start again, from the last checkpoint", told)
     assert [epoch.epoch for epoch in training.history] == list(range(1, 13))
     for name, value in weights(small_store, "worker-killed").items():
         assert torch.equal(value, undisturbed[name]), name
@@ -265,6 +268,20 @@ def test_with_a_validation_split_the_test_images_are_not_looked_at(tmp_path: Pat
     config = SMALL_RUN.model_copy(update={"epochs": 2})
     training = fit(store, "r", manifest, config, ClusterConfig(workers=2, gpu="no"), LoadConfig())
     assert {epoch.held_out for epoch in training.history} == {"validation"}
+
+
+def test_a_damaged_shard_that_a_worker_comes_upon_is_told_and_not_come_upon_again(
+    tmp_path: Path, small_source: Source, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = open_store(str(tmp_path))
+    manifest = write_shards(store, small_source, ShardConfig())
+    shard = f"{manifest.folder}/{manifest.splits['train'][0].name}"
+    (tmp_path / shard).write_bytes(store.read(shard)[::-1])
+    told = refusal(
+        lambda: fit(store, "r", manifest, SMALL_RUN, ClusterConfig(workers=2, gpu="no"), LoadConfig()), DataError
+    )
+    assert told.startswith(store.locate(shard))
+    assert "start again" not in caplog.text
 
 
 @pytest.mark.parametrize("checkpoint_steps", [None, 4])

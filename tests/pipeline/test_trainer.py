@@ -4,8 +4,10 @@ import signal
 import threading
 
 from ray.exceptions import OutOfMemoryError
+from ray.train import ControllerError, WorkerGroupError
 
-from pipeline.trainer import cause_of, on_signal
+from pipeline.errors import DataError, StorageError
+from pipeline.trainer import cause_of, mistake_of, on_signal
 
 NUMBER = signal.SIGUSR1
 
@@ -61,3 +63,22 @@ def test_of_a_traceback_the_message_is_left() -> None:
         cause_of(RuntimeError("Traceback (most recent call last):\n  File ...\nDataError: torn\n")) == "DataError: torn"
     )
     assert cause_of(KeyError()) == "KeyError"
+
+
+def test_of_a_guess_why_a_process_has_died_a_line_is_left() -> None:
+    page = (
+        "The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR Worker exit detail: "
+        "Worker unexpectedly exits with a connection error code 2. End of file. Some common causes include: (1) the "
+        "process was killed by the OOM killer due to high memory usage, (2) ray stop --force was called."
+    )
+    assert cause_of(RuntimeError(page)) == "its process has died: it was killed, or it crashed"
+
+
+def test_what_a_user_has_to_mend_is_found_among_what_came_of_it() -> None:
+    torn = DataError("torn")
+    assert mistake_of(WorkerGroupError("", {0: RuntimeError("connection closed by peer"), 1: torn})) is torn
+
+
+def test_what_may_pass_is_no_mistake() -> None:
+    assert mistake_of(WorkerGroupError("", {0: RuntimeError(), 1: StorageError("it is away")})) is None
+    assert mistake_of(ControllerError(RuntimeError())) is None
