@@ -218,9 +218,10 @@ def test_a_worker_killed_in_epoch_2_is_told_of_and_changes_nothing(
         small_store, "worker-killed", manifest, SMALL_RUN, ClusterConfig(workers=2, gpu="no"), LoadConfig(), kill_one
     )
     assert len(killed) == 1
-    [told] = [record.message for record in caplog.records if "start again" in record.message]
-    cause = r"rank \d: its process has died: it was killed, or it crashed"
-    assert re.fullmatch(rf"{cause}\. All ranks start again, from the last checkpoint", told)
+    told, *_ = [record.message for record in caplog.records if "start again" in record.message]
+    # The rank that waited for it may have failed for that by the time Ray Train looks.
+    assert re.search(r"rank \d: its process has died: it was killed, or it crashed[.;]", told)
+    assert told.endswith(". All ranks start again, from the last checkpoint")
     assert [epoch.epoch for epoch in training.history] == list(range(1, 13))
     for name, value in weights(small_store, "worker-killed").items():
         assert torch.equal(value, undisturbed[name]), name
