@@ -26,7 +26,7 @@ from ray.train.v2._internal.execution.failure_handling.default import DefaultFai
 from ray.train.v2._internal.execution.preemption import PreemptionWatcher
 from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 from ray.train.v2._internal.execution.worker_group import WorkerGroup
-from ray.train.v2.api.exceptions import TrainingFailedError
+from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
 from pipeline import imports
 from pipeline.cluster import use_interface_of_ray
@@ -57,12 +57,15 @@ def on_signal(number: signal.Signals, act: Callable[[], None]) -> Iterator[None]
 
 def mistake_of(failure: Exception) -> PipelineError | None:
     """The error among those of the ranks that a user has to mend, as another start would meet it again."""
-    errors = getattr(failure, "worker_failures", {}).values()
+    errors = failure.worker_failures.values() if isinstance(failure, WorkerGroupError) else ()
     return next((error for error in errors if isinstance(error, PipelineError) and not error.may_pass), None)
 
 
 def cause_of(error: BaseException) -> str:
-    """Why a worker has failed: what Ray says of its machine's memory, or else the last line, an exception's message."""
+    """Why a worker has failed: what Ray says of its machine's memory, or else the last line, an exception's message. Of
+    several workers, each by its rank."""
+    if isinstance(error, WorkerGroupError):
+        return "; ".join(f"rank {rank}: {cause_of(cause)}" for rank, cause in sorted(error.worker_failures.items()))
     if memory := OUT_OF_MEMORY.search(text := str(error)):
         host, used, limit = memory.groups()
         return f"{host} has run out of memory ({used} of {limit} used): ask for fewer workers, or more memory"
@@ -171,10 +174,7 @@ class _Failures(DefaultFailurePolicy):
     def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
         decision = super().make_decision(training_failed_error)
         if decision is FailureDecision.RETRY:
-            ranks = getattr(training_failed_error, "worker_failures", {})
-            causes = [f"rank {rank}: {cause_of(error)}" for rank, error in sorted(ranks.items())]
-            told = "; ".join(causes) or cause_of(training_failed_error)
-            log.warning("%s. All ranks start again, from the last checkpoint", told)
+            log.warning("%s. All ranks start again, from the last checkpoint", cause_of(training_failed_error))
         return decision
 
 

@@ -74,6 +74,11 @@ def test_of_a_guess_why_a_process_has_died_a_line_is_left() -> None:
     assert cause_of(RuntimeError(page)) == "its process has died: it was killed, or it crashed"
 
 
+def test_of_several_workers_each_is_told_by_its_rank() -> None:
+    failure = WorkerGroupError("a page", {1: DataError("torn"), 0: RuntimeError("connection closed by peer.")})
+    assert cause_of(failure) == "rank 0: connection closed by peer; rank 1: torn"
+
+
 def test_what_a_user_has_to_mend_is_found_among_what_came_of_it() -> None:
     torn = DataError("torn")
     assert mistake_of(WorkerGroupError("", {0: RuntimeError("connection closed by peer"), 1: torn})) is torn
