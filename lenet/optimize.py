@@ -10,6 +10,7 @@ from torch.optim.sgd import sgd
 
 from lenet.model import LeNet
 from lenet.recipe import Recipe
+from lenet.step import record
 
 # Of the recipe's rate, for what Muon is not made for: biases, and the last layer, whose rows are the classes.
 ADAMW_LR = 0.15
@@ -60,6 +61,52 @@ class Sgd:
         self.buffers = [None if buffer is None else buffer.to(self.flat).clone()]
 
 
+class Recorded:
+    """The step of optimizers on a CUDA device as a graph: Muon is hundreds of small kernels, 3 ms to launch one by one.
+
+    A recording keeps the rates that it was made with. But each optimizer moves the weights by its rate times what does
+    not depend on the rate, so to go a part of the way is to have that part of the rate.
+    """
+
+    def __init__(self, optimizers: Sequence[torch.optim.Optimizer], flat: nn.Parameter) -> None:
+        self.optimizers, self.flat = optimizers, flat.detach()
+        self.before = torch.empty_like(self.flat)
+        self.graph: torch.cuda.CUDAGraph | None = None
+        for optimizer in optimizers:
+            optimizer.register_load_state_dict_post_hook(self._forget)
+
+    def step(self, part: float) -> None:
+        """Move the weights, at this part of the optimizers' rates."""
+        if self.graph is None:
+            self.graph = self._record()
+        self.graph.replay()
+        torch.lerp(self.before, self.flat, part, out=self.flat)
+
+    def _record(self) -> torch.cuda.CUDAGraph:
+        weights = self.flat.clone()
+        kept = [(tensor, tensor.clone()) for tensor in self._state()]
+        graph, _ = record(self._whole_step)
+        # The step that recording takes is undone. What it brought into being begins at zero.
+        for tensor in self._state():
+            tensor.zero_()
+        for tensor, value in [(self.flat, weights), *kept]:
+            tensor.copy_(value)
+        return graph
+
+    def _whole_step(self) -> None:
+        self.before.copy_(self.flat)
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+    def _state(self) -> list[Tensor]:
+        return [
+            value for optimizer in self.optimizers for slots in optimizer.state.values() for value in slots.values()
+        ]
+
+    def _forget(self, _: torch.optim.Optimizer) -> None:
+        self.graph = None
+
+
 class Optimization:
     """Updates `flat`, which is what `flatten` made of the model, from its gradient.
 
@@ -69,20 +116,25 @@ class Optimization:
 
     def __init__(self, recipe: Recipe, model: LeNet, flat: nn.Parameter, steps: int) -> None:
         self.recipe, self.flat, self.steps = recipe, flat, steps
-        self.optimizers: Sequence[torch.optim.Optimizer | Sgd] = (
-            _muon(recipe, model, flat)
-            if recipe.optimizer == "muon"
-            else [Sgd(flat, recipe.lr, recipe.momentum, recipe.weight_decay)]
-        )
+        self.optimizers: Sequence[torch.optim.Optimizer | Sgd]
+        self.recorded: Recorded | None = None
+        if recipe.optimizer == "muon":
+            self.optimizers = both = _muon(recipe, model, flat)
+            self.recorded = Recorded(both, flat) if flat.is_cuda else None
+        else:
+            self.optimizers = [Sgd(flat, recipe.lr, recipe.momentum, recipe.weight_decay)]
         self.rates = [optimizer.param_groups[0]["lr"] for optimizer in self.optimizers]
         self.average: Tensor | None = flat.detach().clone() if recipe.averaging else None
 
     def step(self, number: int) -> None:
         """Do update `number`, counted from 0 over all epochs, with the gradient as it is."""
         rate = self.recipe.lr_at(number, self.steps)
-        for optimizer, lr in zip(self.optimizers, self.rates, strict=True):
-            optimizer.param_groups[0]["lr"] = lr * rate
-            optimizer.step()
+        if self.recorded:
+            self.recorded.step(rate)
+        else:
+            for optimizer, lr in zip(self.optimizers, self.rates, strict=True):
+                optimizer.param_groups[0]["lr"] = lr * rate
+                optimizer.step()
         if self.average is not None:
             # The first steps leave little behind in the average: it forgets faster while it is young.
             decay = min(self.recipe.averaging, (number + 1) / (number + 10))
@@ -118,5 +170,5 @@ def _muon(recipe: Recipe, model: LeNet, flat: nn.Parameter) -> list[torch.optim.
         (matrices if parameter.ndim > 1 and parameter is not model.fc3.weight else rest).append(rows)
     return [
         torch.optim.Muon(matrices, lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay),
-        torch.optim.AdamW(rest, lr=recipe.lr * ADAMW_LR, betas=ADAMW_BETAS, weight_decay=0),
+        torch.optim.AdamW(rest, lr=recipe.lr * ADAMW_LR, betas=ADAMW_BETAS, weight_decay=0, capturable=flat.is_cuda),
     ]

@@ -5,11 +5,15 @@ steps and over workers without rounding that anyone could see, and they stay on 
 waits for the host.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -105,43 +109,47 @@ class PlainGradient(Gradient):
         return count(logits, labels, loss_sum)
 
 
-class GraphedGradient(PlainGradient):
-    """The plain one on a CUDA device, recorded once for each shape and then replayed: the host launches one thing.
+class GraphedGradient(Gradient):
+    """Another on a CUDA device, recorded once for each shape and then replayed: the host launches one thing.
 
-    A step of LeNet is some eighty small kernels, which take a GPU less time to run than Python takes to launch.
+    A step of LeNet is some ninety small kernels, which take a GPU less time to run than Python takes to launch. The
+    counts it returns are overwritten by the next call.
     """
 
-    def __init__(self, model: nn.Module, flat: nn.Parameter, label_smoothing: float = 0.0) -> None:
-        super().__init__(model, flat, label_smoothing)
+    def __init__(self, gradient: Gradient) -> None:
+        self.gradient, self.model, self.total = gradient, gradient.model, gradient.total
         self.recorded: dict[tuple[int, ...], tuple[torch.cuda.CUDAGraph, Tensor, Tensor, Tensor]] = {}
 
     def __call__(self, images: Tensor, labels: Tensor, *, global_batch: int) -> Tensor:
         if not len(labels):
-            return super().__call__(images, labels, global_batch=global_batch)
+            return self.gradient(images, labels, global_batch=global_batch)
         key = (*images.shape, global_batch)
         if key not in self.recorded:
-            self.recorded[key] = self._record(images, labels, global_batch)
+            its_images, its_labels = images.clone(), labels.clone()
+            graph, counts = record(lambda: self.gradient(its_images, its_labels, global_batch=global_batch))
+            self.recorded[key] = graph, its_images, its_labels, counts
         graph, its_images, its_labels, counts = self.recorded[key]
         its_images.copy_(images)
         its_labels.copy_(labels)
         graph.replay()
-        return counts.clone()
+        return counts
 
-    def _record(
-        self, images: Tensor, labels: Tensor, global_batch: int
-    ) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor, Tensor]:
-        its_images, its_labels = images.clone(), labels.clone()
-        # What libraries set up at their first call cannot be recorded, and has to happen beside the main stream.
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                super().__call__(its_images, its_labels, global_batch=global_batch)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            counts = super().__call__(its_images, its_labels, global_batch=global_batch)
-        return graph, its_images, its_labels, counts
+    def evaluate(self, images: Tensor, labels: Tensor) -> Tensor:
+        return self.gradient.evaluate(images, labels)
+
+
+def record(work: Callable[[], Result]) -> tuple[torch.cuda.CUDAGraph, Result]:
+    """Work on a CUDA device as a graph that does it again, and what it returns. It is done once, to begin with."""
+    # What libraries set up at their first call cannot be recorded, and has to happen beside the main stream.
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        work()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = work()
+    return graph, result
 
 
 @torch.no_grad()

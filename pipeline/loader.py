@@ -5,9 +5,10 @@ are needed, a few ahead, in a thread of its own. Both begin at any step of any e
 goes on there.
 """
 
+import itertools
 from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from lenet.augment import Augment, augment
 from pipeline.ahead import in_order
 from pipeline.order import Segment, ShuffledOrder, StreamedOrder, batch_at, steps_per_epoch
 from pipeline.shards import Manifest, read_rows, read_shard
@@ -25,6 +27,8 @@ Loading = Literal["resident", "streaming"]
 MIB = 2**20
 # Segments read but not yet needed: at 8 MiB each, enough to hide a slow read, little enough to forget.
 READ_AHEAD = 4
+# Images to augment at once, by the device's type; elsewhere a batch: on a CPU it is still in the cache then.
+AUGMENTED_AT_ONCE = {"cuda": 8192}
 
 
 class LoadConfig(BaseModel):
@@ -92,6 +96,19 @@ def open_loader(loading: Loading, place: Place) -> Loader:
     return ResidentLoader(place) if loading == "resident" else StreamingLoader(place)
 
 
+def augmented(batches: Iterator[Batch], config: Augment, seed: int, epoch: int) -> Iterator[Batch]:
+    """The batches with their images augmented; on a GPU many at once, for that takes a hundred launches each time."""
+    if not config.active:
+        yield from batches
+        return
+    for batch in batches:
+        more = AUGMENTED_AT_ONCE.get(batch.images.device.type, 0) // (len(batch.rows) + 1)
+        some = [batch, *itertools.islice(batches, more)]
+        images, rows = torch.cat([one.images for one in some]), torch.cat([one.rows for one in some])
+        parts = torch.split(augment(images, rows, config, seed, epoch), [len(one.rows) for one in some])
+        yield from (replace(one, images=part) for one, part in zip(some, parts, strict=True))
+
+
 class ResidentLoader:
     """The whole split as uint8 tensors on the device, for a row may fall to any rank in the next epoch."""
 
@@ -105,8 +122,11 @@ class ResidentLoader:
         """As Loader says; each epoch one permutation of all rows."""
         place = self.place
         order = ShuffledOrder(len(self.labels), place.seed, epoch, place.global_batch_size)
+        # All of it at once: the host waits for a GPU at every copy from its ordinary memory.
+        every_row = torch.from_numpy(order.order).to(place.device)
         for step in range(first_step, place.steps):
-            rows = torch.from_numpy(order.slice(step, place.rank, place.world_size)).to(place.device)
+            start, stop = order.slice(step, place.rank, place.world_size)
+            rows = every_row[start:stop]
             size = batch_at(step, order.rows, place.global_batch_size)
             yield Batch(self.images[rows], self.labels[rows], rows, size)
 
@@ -174,8 +194,15 @@ class StreamingLoader:
         if not parts:
             none = torch.empty(0, *self.place.manifest.image_shape, dtype=torch.uint8, device=device)
             return Batch(none, none[:, 0, 0], none[:, 0, 0].long(), size)
-        images, labels, rows = (torch.cat(columns).to(device) for columns in zip(*parts, strict=True))
+        images, labels, rows = (_sent(torch.cat(columns), device) for columns in zip(*parts, strict=True))
         return Batch(images, labels, rows, size)
+
+
+def _sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on its way to the device. To a GPU it goes from pinned memory: the host does not wait for it."""
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def _take(

@@ -74,11 +74,11 @@ class ShuffledOrder:
         """Row numbers, int64 (rows,), in the order of training."""
         return permutation(self.rows, self.seed, self.epoch)
 
-    def slice(self, step: int, rank: int, world_size: int) -> Rows:
-        """The rows of rank's slice, maybe empty, of the global batch of `step`."""
+    def slice(self, step: int, rank: int, world_size: int) -> tuple[int, int]:
+        """Start and stop in the order of rank's slice, maybe empty, of the global batch of `step`."""
         start, stop = share(batch_at(step, self.rows, self.global_batch_size), rank, world_size)
         first = step * self.global_batch_size
-        return self.order[first + start : first + stop]
+        return first + start, first + stop
 
 
 @dataclass(frozen=True)

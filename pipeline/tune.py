@@ -16,11 +16,10 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from ray.tune.schedulers import ASHAScheduler
 
-from lenet.augment import augment
 from lenet.recipe import Recipe
 from lenet.step import metrics_of
 from pipeline.cluster import ClusterConfig, ray_session
-from pipeline.loader import Place, ResidentLoader
+from pipeline.loader import Place, ResidentLoader, augmented
 from pipeline.recipe import Hyperparameter, TuneConfig, varied
 from pipeline.shards import Manifest
 from pipeline.storage import Store, open_store
@@ -97,9 +96,8 @@ def _train(parameters: Mapping[str, float], store_url: str, manifest: Manifest, 
     done = 0
     for epoch in range(1, recipe.epochs + 1):
         model.train()
-        for batch in loader.batches(epoch):
-            images = augment(batch.images, batch.rows, recipe.augment, seed, epoch)
-            gradient(images, batch.labels, global_batch=batch.size)
+        for batch in augmented(loader.batches(epoch), recipe.augment, seed, epoch):
+            gradient(batch.images, batch.labels, global_batch=batch.size)
             optimization.step(done)
             done += 1
         with optimization.averaged():

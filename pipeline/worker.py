@@ -18,7 +18,6 @@ from ray.train import CheckpointUploadMode
 from ray.train.v2._internal.execution.context import get_train_context
 from torch import Tensor
 
-from lenet.augment import augment
 from lenet.compiled import library
 from lenet.fused import open_gradient
 from lenet.model import LeNet
@@ -29,7 +28,7 @@ from pipeline.checkpoint import FILE_NAME, EpochMetrics, Position, encode_state,
 from pipeline.collective import Sum, open_sum
 from pipeline.errors import DataError, TrainingError
 from pipeline.lease import Watchman
-from pipeline.loader import Loader, Loading, Place, open_loader
+from pipeline.loader import Loader, Loading, Place, augmented, open_loader
 from pipeline.order import share
 from pipeline.progress import Teller, tell_log
 from pipeline.shards import Manifest, read_rows
@@ -107,6 +106,7 @@ class Watch:
     def __init__(self, job: Job, place: Place) -> None:
         self.job, self.place = job, place
         self.every = GPU_STEPS_BETWEEN_LISTENING if place.device.type == "cuda" else 1
+        self.nothing = torch.zeros((), device=place.device)
         self.watchman = Watchman(place.store, lease_key(job.folder), job.lease_token) if place.rank == 0 else None
         self.saved()
 
@@ -119,9 +119,11 @@ class Watch:
         self.saved_at = time.monotonic()
 
     def word(self, loss: Tensor, step: int) -> Tensor:
-        """What to say to the other ranks with the gradients of a slice whose sum of losses, float64 (), this is."""
+        """What to say to the other ranks with the gradients, when the sum of this rank's losses is this float64 ()."""
+        if not self.listens(step):
+            return self.nothing  # a loss that is not finite stays in the sum, and is told of later
         wish = 0
-        if self.watchman is not None and self.listens(step):  # said once for each time that it is listened to
+        if self.watchman is not None:
             patience = min(NOTICE_S, self.job.checkpoint_seconds) if _preempted() else self.job.checkpoint_seconds
             wish += SAVE * (time.monotonic() - self.saved_at > patience)
             wish += STOP * (self.watchman.verdict == "stop") + FENCED * (self.watchman.verdict == "fenced")
@@ -195,7 +197,7 @@ def _begin(job: Job) -> tuple[Session, Position]:
         place,
         model,
         gradient,
-        open_sum(gradient.total.numel(), device, one_host),
+        open_sum(gradient.total.numel(), device, place.world_size, one_host),
         optimization,
         open_loader(job.loading, place),
         Watch(job, place),
@@ -235,20 +237,19 @@ def _train_epoch(session: Session, position: Position) -> Tensor:
     session.model.train()
     # What was counted before the checkpoint counts once, however many ranks there are now.
     counts = torch.tensor(position.counts, dtype=torch.float64, device=place.device) * (place.rank == 0)
-    heard = torch.zeros((), device=place.device)
     started = time.perf_counter() - position.seconds
     before = (position.epoch - 1) * place.steps
-    for step, batch in enumerate(session.loader.batches(position.epoch, position.step), start=position.step + 1):
-        images = augment(batch.images, batch.rows, job.recipe.augment, job.seed, position.epoch)
-        counts += session.gradient(images, batch.labels, global_batch=batch.size)
-        heard += session.sum_up(session.gradient.total, watch.word(counts[0], step))
+    batches = session.loader.batches(position.epoch, position.step)
+    batches = augmented(batches, job.recipe.augment, job.seed, position.epoch)
+    for step, batch in enumerate(batches, start=position.step + 1):
+        counts += session.gradient(batch.images, batch.labels, global_batch=batch.size)
+        words = session.sum_up(session.gradient.total, watch.word(counts[0], step))
         wish = 0
         if watch.listens(step):
-            said = heard.item()
+            said = words.item()
             if math.isnan(said):
                 raise Ended({"diverged": {"epoch": position.epoch, "step": step, "ranks": _blame(place, counts[0])}})
             wish = round(said)
-            heard.zero_()
         if wish & FENCED:
             raise Ended({"fenced": True})
         session.optimization.step(before + step - 1)

@@ -149,17 +149,6 @@ def test_an_image_alone_comes_out_as_among_600_in_other_places_of_memory(images:
     assert torch.equal(augment(strided, rows_of(images), EVERYTHING, 0, 1), whole)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_gpu_draws_and_moves_alike_and_interpolates_alike_but_for_rounding(images: Tensor) -> None:
-    rows, there = rows_of(images), images.cuda()
-    assert torch.equal(draws(rows.cuda(), 3, 4).cpu(), draws(rows, 3, 4))
-    whole_pixels = Augment(flip=0.5, shift=2, erase=6)
-    assert torch.equal(augment(there, rows.cuda(), whole_pixels, 3, 4).cpu(), augment(images, rows, whole_pixels, 3, 4))
-    here, back = augment(images, rows, EVERYTHING, 3, 4), augment(there, rows.cuda(), EVERYTHING, 3, 4).cpu()
-    assert (here.int() - back.int()).abs().max() <= 1
-    assert (here != back).double().mean() < 1e-3
-
-
 def test_seed_epoch_and_row_all_matter(images: Tensor) -> None:
     one = images[:1].expand(40, -1, -1)
     rows = torch.arange(40)

@@ -1,5 +1,6 @@
 """Proves that a recipe's updates are those that its words say, and what becomes of the average."""
 
+import copy
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lenet.model import LeNet
-from lenet.optimize import ADAMW_BETAS, ADAMW_LR, Optimization
+from lenet.optimize import ADAMW_BETAS, ADAMW_LR, Optimization, Recorded
 from lenet.recipe import RECIPES, Recipe
 from lenet.step import flatten
 
@@ -120,6 +121,22 @@ def test_muon_moves_every_matrix_but_the_last_by_its_own_rule_and_adamw_the_rest
         tolerance = 2e-3 if name in matrices else 1e-6
         torch.testing.assert_close(model.state_dict()[name], value.view_as(model.state_dict()[name]).data,
                                    rtol=0, atol=tolerance)  # fmt: skip
+
+
+@pytest.mark.usefixtures("recording")
+def test_a_step_recorded_once_is_that_of_every_rate() -> None:
+    model, optimization = open_optimization(MODERN)
+    optimization.recorded = Recorded(optimization.optimizers, optimization.flat)
+    expected = run(MODERN)[2]
+    for step in range(STEPS):
+        for name, value in gradients(model, step).items():
+            model.get_parameter(name).grad.copy_(value)  # type: ignore[union-attr]
+        optimization.step(step)
+        for name, value in model.state_dict().items():
+            torch.testing.assert_close(value, expected[step][name], rtol=0, atol=1e-6)
+        if step == STEPS // 2:  # as when a checkpoint is taken up: with state of its own, and to be recorded anew
+            for optimizer in optimization.optimizers:
+                optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
 
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)

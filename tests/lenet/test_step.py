@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -14,7 +14,17 @@ from lenet.compiled import CompiledConvolutions
 from lenet.fused import FusedGradient, open_gradient
 from lenet.model import LeNet
 from lenet.recipe import RECIPES
-from lenet.step import Gradient, PlainGradient, evaluate_step, flatten, metrics_of, no_counts, normalise, predict_step
+from lenet.step import (
+    Gradient,
+    GraphedGradient,
+    PlainGradient,
+    evaluate_step,
+    flatten,
+    metrics_of,
+    no_counts,
+    normalise,
+    predict_step,
+)
 from lenet.unfolded import UnfoldedConvolutions
 
 if TYPE_CHECKING:
@@ -35,13 +45,19 @@ def fresh_model() -> LeNet:
     return RECIPES["seed"].build_model(10, seed=3)
 
 
+def graphed(*args: Any) -> Gradient:
+    return GraphedGradient(FusedGradient(*args, convolutions=UnfoldedConvolutions))
+
+
 Kind = Callable[..., Gradient]
 KINDS = {
     "plain": PlainGradient,
     "compiled": partial(FusedGradient, convolutions=CompiledConvolutions),
     "unfolded": partial(FusedGradient, convolutions=UnfoldedConvolutions),
+    "graphed": graphed,
 }
 every = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+pytestmark = pytest.mark.usefixtures("recording")
 
 
 def gradient_of(kind: Kind, model: LeNet, images: Tensor, labels: Tensor, global_batch: int) -> Tensor:

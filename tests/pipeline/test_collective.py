@@ -23,7 +23,7 @@ def add_up(rank: int, world_size: int, folder: Path) -> None:
     """Leaves the sums of many turns, and those of gloo."""
     torch.set_num_threads(1)
     join(rank, world_size, folder)
-    sum_up = open_sum(SIZE, torch.device("cpu"), one_host=True)
+    sum_up = open_sum(SIZE, torch.device("cpu"), world_size, one_host=True)
     assert isinstance(sum_up, SharedSum)
     generator = torch.Generator().manual_seed(rank)
     ours, theirs = [], []
@@ -75,7 +75,7 @@ def test_a_rank_that_does_not_come_is_named_in_bounded_time(tmp_path: Path) -> N
 
 def add_up_by_backend(rank: int, world_size: int, folder: Path) -> None:
     join(rank, world_size, folder)
-    sum_up = open_sum(10, torch.device("cpu"), one_host=False)
+    sum_up = open_sum(10, torch.device("cpu"), world_size, one_host=False)
     for turn in range(3):
         tensor = torch.full((10,), float(rank))
         # One rank's NaN reaches all, as the word's sense wants it.
@@ -92,5 +92,12 @@ def test_ranks_on_several_hosts_add_up_by_torchs_backend(tmp_path: Path) -> None
 
 
 def test_shared_memory_is_for_one_host_and_the_cpu() -> None:
-    assert isinstance(open_sum(10, torch.device("cpu"), one_host=False), BackendSum)
-    assert isinstance(open_sum(10, torch.device("meta"), one_host=True), BackendSum)
+    assert isinstance(open_sum(10, torch.device("cpu"), 2, one_host=False), BackendSum)
+    assert isinstance(open_sum(10, torch.device("meta"), 2, one_host=True), BackendSum)
+
+
+@pytest.mark.parametrize("one_host", [True, False])
+def test_who_is_alone_keeps_what_is_there(one_host: bool) -> None:
+    mine = torch.arange(3.0)
+    assert open_sum(3, torch.device("cpu"), 1, one_host)(mine, torch.tensor(2.5)) == 2.5
+    assert mine.tolist() == [0, 1, 2]

@@ -11,9 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lenet.augment import Augment, augment
 from pipeline import loader
 from pipeline.errors import DataError
-from pipeline.loader import Batch, LoadConfig, Loading, Place, choose_loading, open_loader
+from pipeline.loader import Batch, LoadConfig, Loading, Place, augmented, choose_loading, open_loader
 from pipeline.sharding import ShardConfig, write_shards
 from pipeline.shards import Manifest
 from pipeline.source import Source
@@ -92,6 +93,23 @@ def test_for_any_sizes_and_start_the_ranks_together_give_the_rest_of_the_epoch(
     assert global_rows(parts) == whole[first:]
     assert sorted(row for step in whole for row in step) == list(range(600))
     assert all(batch.size == len(rows) for part in parts for batch, rows in zip(part, whole[first:], strict=True))
+
+
+@pytest.mark.parametrize("at_once", [0, 100, 1000])
+@pytest.mark.parametrize("loading", LOADINGS)
+def test_however_many_are_augmented_at_once_the_batches_are_the_same(
+    small: Full, loading: Loading, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(loader.AUGMENTED_AT_ONCE, "cpu", at_once)
+    plain = batches(small, loading, 1, 3, size=100)
+    config = Augment(shift=2, rotate=10)
+    for batch, found in zip(plain, augmented(iter(plain), config, 7, 2), strict=True):
+        assert torch.equal(found.images, augment(batch.images, batch.rows, config, 7, 2))
+        assert not torch.equal(found.images, batch.images)
+        assert torch.equal(found.rows, batch.rows)
+        assert torch.equal(found.labels, batch.labels)
+        assert found.size == batch.size
+    assert list(augmented(iter(plain), Augment(), 7, 2)) == plain
 
 
 @pytest.mark.parametrize("loading", LOADINGS)

@@ -40,7 +40,8 @@ def orders(draw: st.DrawFn) -> ShuffledOrder | StreamedOrder:
 def rows_of(order: ShuffledOrder | StreamedOrder, step: int, rank: int, world: int) -> Rows:
     """The split's rows in a rank's slice, worked out one by one for the streamed order."""
     if isinstance(order, ShuffledOrder):
-        return order.slice(step, rank, world)
+        start, stop = order.slice(step, rank, world)
+        return order.order[start:stop]
     return np.array(list(streamed_rows(order, step, rank, world)), dtype=np.int64)
 
 
