@@ -257,7 +257,7 @@ def _find_room(config: ClusterConfig) -> bool:
 
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
     try:
-        return decide_gpu(config, nodes)
+        gpu = decide_gpu(config, nodes)
     except ConfigError as refusal:
         # Of an autoscaler of the first version, nobody can tell what it will do.
         if config.ray_address is None or not is_autoscaler_v2(fetch_from_server=True):
@@ -270,6 +270,13 @@ def _find_room(config: ClusterConfig) -> bool:
         finally:
             remove_placement_group(group)
         return gpu
+    idle = int(sum(node.get("GPU", 0) for node in nodes))
+    if idle and not gpu and config.gpu == "auto":
+        log.info(
+            "training on CPUs: %s workers would need a GPU each, and there are %d; ask for fewer to use them",
+            config.workers, idle,
+        )  # fmt: skip
+    return gpu
 
 
 def _wait_for_machines(config: ClusterConfig, group: PlacementGroup, refusal: ConfigError) -> None:

@@ -189,8 +189,8 @@ def followed(store: Store, folder: str, on_epoch: OnEpoch, on_now: OnNow) -> Ite
     def follow() -> None:
         while not ended.wait(POLL_S):
             with contextlib.suppress(StorageError):  # the next look may succeed, and training reports its own
-                catch_up()
                 listen()
+                catch_up()
                 look()
 
     # Both are called in the caller's context, where Prefect keeps the current task.

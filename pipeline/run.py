@@ -58,6 +58,8 @@ MAY_CHANGE = {
     *PromoteConfig.model_fields,
 }
 RAY_FROM_BYTES = 2**30
+# With more, imports for later have a core to themselves while workers start; a GPU may be done before they are.
+FEW_CORES = 4
 RECORDED_PACKAGES = ("lenet-pipeline", "torch", "torchvision", "ray", "pyarrow", "prefect", "s3fs", "numpy")
 
 
@@ -181,12 +183,13 @@ def train(
 ) -> Training:
     """Train the candidate; `on_epoch` hears of every epoch, `on_now` of how far one is."""
     store, run_id = open_store(config.storage), _run_id(config)
-    # Once the workers work: on two cores they would wait for it, 3 s of 22. The first export takes 0.9 s longer than a
-    # second, whatever the weights.
+    # The first export takes 0.9 s longer than a second, whatever the weights.
     get_ready = cache(partial(imports.ahead, lambda: encode_onnx(LeNet(), 28)))
+    if pipeline.cluster.local_resources()["CPU"] > FEW_CORES:
+        get_ready()
 
     def heard(now: Now) -> None:
-        get_ready()
+        get_ready()  # the workers have started: on two cores they would have waited for it, 3 s of 22
         on_now(now)
 
     if config.by_job:

@@ -1,6 +1,7 @@
 """Proves that workers are placed only where they fit, and that what does not fit is refused before any work."""
 
 import json
+import logging
 import math
 import os
 import re
@@ -252,7 +253,7 @@ def autoscaler(address: str) -> dict[str, object]:
     }
 
 
-def test_workers_without_room_have_the_cluster_grow(growing: str) -> None:
+def test_workers_without_room_have_the_cluster_grow(growing: str, caplog: pytest.LogCaptureFixture) -> None:
     with ray_session(ClusterConfig(workers=2, ray_address=growing)) as gpu:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         assert placeable(nodes, cpus=1, gpus=0) >= 2
@@ -260,6 +261,10 @@ def test_workers_without_room_have_the_cluster_grow(growing: str) -> None:
     with ray_session(ClusterConfig(workers=1, gpu="yes", ray_address=growing)) as gpu:
         assert ray.cluster_resources()["GPU"] == 1
     assert gpu
+    with caplog.at_level(logging.INFO, "pipeline.cluster"), ray_session(ClusterConfig(workers=3, ray_address=growing)):
+        pass
+    said = "training on CPUs: 3 workers would need a GPU each, and there are 1; ask for fewer to use them"
+    assert said in [record.message for record in caplog.records]
 
 
 @pytest.mark.parametrize(
