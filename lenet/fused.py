@@ -19,7 +19,7 @@ from lenet.step import Gradient, GraphedGradient, PlainGradient, count, no_count
 from lenet.unfolded import UnfoldedConvolutions, in_place
 
 # Larger batches are worked off in pieces: buffers stay small, and what is written is read while it is in the cache. A
-# GPU wants much at a time, and takes 0.5 GB for this.
+# GPU wants much at a time, and takes 0.6 GB for this.
 PIECE, GPU_PIECE = 128, 4096
 
 

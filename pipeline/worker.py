@@ -46,8 +46,9 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -2, -3, -8  # o
 # What rank 0 may say to all others, in one sum, with the gradients; NaN, from any, says that its loss is not finite.
 SAVE, STOP, FENCED = 1, 2, 4
 NOTICE_S = 2  # between checkpoints, when a machine is about to be taken away
-# On a GPU, hearing is waiting for all that was asked of it before.
-GPU_STEPS_BETWEEN_LISTENING = 50
+# Steps from one time of listening to the next, by the device's type, elsewhere 1: on a GPU, to hear is to wait for all
+# that was asked of it before.
+LISTENS_EVERY = {"cuda": 50}
 
 
 @dataclass(frozen=True)
@@ -105,14 +106,18 @@ class Watch:
 
     def __init__(self, job: Job, place: Place) -> None:
         self.job, self.place = job, place
-        self.every = GPU_STEPS_BETWEEN_LISTENING if place.device.type == "cuda" else 1
+        self.every = LISTENS_EVERY.get(place.device.type, 1)
         self.nothing = torch.zeros((), device=place.device)
         self.watchman = Watchman(place.store, lease_key(job.folder), job.lease_token) if place.rank == 0 else None
         self.saved()
 
     def listens(self, step: int) -> bool:
-        """Whether all ranks wait, at this step, for what was said to be heard."""
-        return step % self.every == 0 or step == self.place.steps
+        """Whether all ranks wait, at this step, for what was said to be heard: before a checkpoint, too."""
+        return step % self.every == 0 or step == self.place.steps or self.due(step)
+
+    def due(self, step: int) -> bool:
+        """Whether a checkpoint is due after this step, by the number of steps."""
+        return self.job.checkpoint_steps is not None and step % self.job.checkpoint_steps == 0
 
     def saved(self) -> None:
         """There is a checkpoint of this moment."""
@@ -231,7 +236,8 @@ def open_learner(
 def _train_epoch(session: Session, position: Position) -> Tensor:
     """Train from `position`, which is kept up to date, to the end of its epoch; the epoch's counts over all ranks.
 
-    Raises Ended when the loss has become infinite or undefined, before the update, or when training is to stop.
+    Raises Ended when the loss has become infinite or undefined, before the update (on a GPU, before the next time of
+    listening and any checkpoint is past), or when training is to stop.
     """
     job, place, watch = session.job, session.place, session.watch
     session.model.train()
@@ -255,8 +261,7 @@ def _train_epoch(session: Session, position: Position) -> Tensor:
         session.optimization.step(before + step - 1)
         if place.rank == 0:
             session.teller.tell(position.epoch, step, counts, time.perf_counter() - started)
-        due = job.checkpoint_steps is not None and step % job.checkpoint_steps == 0
-        if (wish or due) and step < place.steps:
+        if (wish or watch.due(step)) and step < place.steps:
             position.step, position.seconds = step, time.perf_counter() - started
             loss, correct, seen = summed(counts.clone()).tolist()
             position.counts = (loss, correct, seen)

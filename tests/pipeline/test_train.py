@@ -20,6 +20,7 @@ from ray.train.v2._internal.execution.worker_group.thread_runner import ThreadRu
 from torch.nn import functional as F
 
 import pipeline.train
+import pipeline.worker
 from lenet.recipe import RECIPES
 from lenet.step import evaluate_step, metrics_of
 from pipeline.checkpoint import FILE_NAME, EpochMetrics, decode_model
@@ -285,16 +286,27 @@ def test_a_damaged_shard_that_a_worker_comes_upon_is_told_and_not_come_upon_agai
     assert "start again" not in caplog.text
 
 
-@pytest.mark.parametrize("checkpoint_steps", [None, 4])
+def listening_now_and_then(config: dict[str, Any]) -> None:
+    """The worker, as on a GPU."""
+    pipeline.worker.LISTENS_EVERY["cpu"] = 50
+    train_worker(config)
+
+
+@pytest.mark.parametrize(
+    ("worker", "checkpoint_steps", "step"),
+    [(train_worker, None, 2), (train_worker, 4, 2), (listening_now_and_then, None, 10), (listening_now_and_then, 4, 4)],
+)
 def test_a_loss_that_explodes_is_named_and_its_weights_are_not_kept(
-    small_store: Store, manifest: Manifest, checkpoint_steps: int | None
-) -> None:
+    small_store: Store, manifest: Manifest, worker: Callable[[dict[str, Any]], None], checkpoint_steps: int | None,
+    step: int, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(pipeline.train, "train_worker", worker)
     config = SMALL_RUN.model_copy(update={"lr": 1e38, "checkpoint_steps": checkpoint_steps})
-    run_id = f"exploded-{checkpoint_steps}"
+    run_id = f"exploded-{worker.__name__}-{checkpoint_steps}"
     with pytest.raises(TrainingError) as raised:
         fit(small_store, run_id, manifest, config, ClusterConfig(workers=2, gpu="no"), LoadConfig())
     assert str(raised.value) == (
-        "the loss became infinite or undefined at step 2 of epoch 1 on rank 0, 1 with lr=1e+38; "
+        f"the loss became infinite or undefined at step {step} of epoch 1 on rank 0, 1 with lr=1e+38; "
         "the last good checkpoint is none; lower lr"
     )
     assert find_training(small_store, run_id) is None
