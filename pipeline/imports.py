@@ -35,10 +35,11 @@ def training() -> None:
 
 def ahead(then: Callable[[], Any] = lambda: None) -> None:
     """Import what the steps after the training want, in the background, and `then` do once what takes longer the first
-    time."""
+    time. What fails, as it does when the process ends meanwhile, is for those steps to find out and tell."""
 
     def work() -> None:
-        with _one_at_a_time:  # two threads that import the same may find modules half done
+        # Two threads that import the same may find modules half done.
+        with contextlib.suppress(Exception), _one_at_a_time:
             for name in LATE_IMPORTS:
                 importlib.import_module(name)
             then()
