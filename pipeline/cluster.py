@@ -135,7 +135,7 @@ def decide_gpu(config: ClusterConfig, nodes: list[Mapping[str, float]]) -> bool:
     room = placeable(nodes, config.cpus_per_worker, 0)
     least = config.least_workers
     if room < least:
-        cpus = int(sum(node.get("CPU", 0) for node in nodes))
+        cpus = _total("CPU", nodes)
         raise ConfigError(
             "workers",
             config.workers,
@@ -144,11 +144,15 @@ def decide_gpu(config: ClusterConfig, nodes: list[Mapping[str, float]]) -> bool:
         )
     with_gpu = placeable(nodes, config.cpus_per_worker, 1)
     if config.gpu == "yes" and with_gpu < least:
-        count = int(sum(node.get("GPU", 0) for node in nodes))
+        count = _total("GPU", nodes)
         raise ConfigError(
             "gpu", "yes", f"{least} workers need a GPU each and Ray has {count}", "use gpu=no or fewer workers"
         )
     return config.gpu != "no" and with_gpu >= least
+
+
+def _total(resource: str, nodes: Iterable[Mapping[str, float]]) -> int:
+    return int(sum(node.get(resource, 0) for node in nodes))
 
 
 def check_cluster(config: ClusterConfig) -> None:
@@ -270,7 +274,7 @@ def _find_room(config: ClusterConfig) -> bool:
         finally:
             remove_placement_group(group)
         return gpu
-    idle = int(sum(node.get("GPU", 0) for node in nodes))
+    idle = _total("GPU", nodes)
     if idle and not gpu and config.gpu == "auto":
         log.info(
             "training on CPUs: %s workers would need a GPU each, and there are %d; ask for fewer to use them",
