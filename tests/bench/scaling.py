@@ -1,24 +1,30 @@
 """`make bench-scaling`: images/s by workers and global batch size, and a model of what a network would make of it; into
 docs/scaling.md.
 
-The model: a step takes the time of one worker's slice, measured in one process, and of adding up the gradients. On one
-machine that is measured; between machines it is a ring's 2 (W - 1) / W of the gradient's bytes over the bandwidth and
-2 (W - 1) messages. It is checked against what was measured with 1, 2 and 4 workers before it says anything about 64.
+The model: a step takes the time of one worker's slice, measured in one process, and of adding up the gradients,
+measured between processes of this machine by shared memory and by gloo. Between machines a ring takes 2 (W - 1)
+messages, each for gloo's own time as measured and the wire's, and 2 (W - 1) / W of the gradient's bytes over the
+bandwidth. The model is checked against what was measured here before it says anything about 64 machines.
 """
 
+import json
 import os
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import ray
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from cyclopts import App, Parameter
 
 from lenet.recipe import RECIPES
 from pipeline.cluster import ClusterConfig
+from pipeline.collective import BackendSum, SharedSum
 from pipeline.download import SourceConfig, fetch
 from pipeline.loader import LoadConfig
 from pipeline.recipe import TrainConfig
@@ -30,9 +36,11 @@ from pipeline.train import fit
 from pipeline.worker import keep_memory, open_learner
 
 ROOT = Path(__file__).parents[2]
-WORKERS, BATCHES, EPOCHS = (1, 2, 4), (64, 256, 1024, 4096), 3
-BITS_PER_S, LATENCY_S, GRADIENT_BYTES = 10e9, 50e-6, 61_707 * 4
-SHARED_MEMORY_S = 0.12e-3  # adding up on one host, of pipeline/collective.py
+CORES = len(os.sched_getaffinity(0))
+WORKERS = tuple(workers for workers in (1, 2, 4, 8, 16) if workers <= max(4, CORES))
+BATCHES, EPOCHS = (64, 256, 1024, 4096), 3
+BITS_PER_S, WIRE_S, GRADIENT_BYTES = 10e9, 50e-6, 61_707 * 4
+SUMS = 500
 FAR = (1, 2, 4, 8, 16, 32, 64)
 app = App(help=__doc__)
 
@@ -45,23 +53,53 @@ def measured(store: Store, manifest: Manifest, workers: int, batch: int) -> floa
     return statistics.median(epoch.images_per_second for epoch in history[1:])
 
 
-def slice_seconds(manifest: Manifest, images: torch.Tensor, labels: torch.Tensor, size: int) -> float:
-    """Seconds of one process, one thread, for the gradient and the update with a slice of that many images."""
-    model, gradient, optimization = open_learner(RECIPES["seed"], manifest, 0, torch.device("cpu"), 1000)
-    del model
+def seconds_of(act: Callable[[int], Any], times: int) -> float:
+    """The median of so many, each given its number."""
     seconds = []
-    for step in range(max(20, 20_000 // size)):
-        rows = torch.randint(len(labels), (size,))
+    for number in range(times):
         started = time.perf_counter()
-        gradient(images[rows], labels[rows], global_batch=size)
-        optimization.step(step)
+        act(number)
         seconds.append(time.perf_counter() - started)
     return statistics.median(seconds)
 
 
-def ring_seconds(workers: int) -> float:
-    """Seconds of adding up the gradients of so many machines on a 10 Gbit/s network."""
-    return 2 * (workers - 1) / workers * GRADIENT_BYTES * 8 / BITS_PER_S + 2 * (workers - 1) * LATENCY_S
+class Steps:
+    """A process's steps with a slice of so many images, on one thread."""
+
+    def __init__(self, manifest: Manifest, images: torch.Tensor, labels: torch.Tensor) -> None:
+        torch.set_num_threads(1)
+        keep_memory()
+        self.images, self.labels = images, labels
+        _, self.gradient, self.optimization = open_learner(RECIPES["seed"], manifest, 0, torch.device("cpu"), 1000)
+
+    def seconds(self, size: int, add_up: Callable[[torch.Tensor], Any] = lambda gradient: None) -> float:
+        """Seconds of the gradient, the sum and the update."""
+
+        def step(number: int) -> None:
+            rows = torch.randint(len(self.labels), (size,))
+            self.gradient(self.images[rows], self.labels[rows], global_batch=size)
+            add_up(self.gradient.total)
+            self.optimization.step(number)
+
+        return seconds_of(step, max(20, 20_000 // size))
+
+
+def rank_at_work(rank: int, workers: int, folder: Path, manifest: Manifest, *rows: torch.Tensor) -> None:
+    """One of so many processes; rank 0 leaves the seconds of the sums alone, and of whole steps that add up by gloo."""
+    dist.init_process_group("gloo", f"file://{folder}/rendezvous-{workers}", rank=rank, world_size=workers)
+    steps, word = Steps(manifest, *rows), torch.zeros(())
+    size = steps.gradient.total.numel()
+    shared, backend = SharedSum(size), BackendSum(size, torch.device("cpu"))
+    found: dict[str, Any] = {
+        name: seconds_of(lambda number, add_up=add_up: add_up(torch.zeros(size), word), SUMS)  # type: ignore[misc]
+        for name, add_up in (("shared", shared), ("gloo", backend))
+    }
+    found["steps"] = [
+        steps.seconds(-(-batch // workers), lambda gradient: backend(gradient, word)) for batch in BATCHES
+    ]
+    if rank == 0:
+        (folder / f"{workers}.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
 
 
 @app.default
@@ -69,8 +107,8 @@ def main(
     output: Annotated[Path, Parameter(help="Where the tables go.")] = ROOT / "docs" / "scaling.md",
 ) -> None:
     """Measure and write the tables."""
-    cores = len(os.sched_getaffinity(0))
     source = open_source(fetch(SourceConfig()))
+    together: dict[int, dict[str, Any]] = {1: {"shared": 0.0}}
     with tempfile.TemporaryDirectory() as temporary:
         store = open_store(temporary)
         manifest = write_shards(store, source, ShardConfig())
@@ -81,50 +119,97 @@ def main(
                 found[workers, batch] = measured(store, manifest, workers, batch)
                 print(workers, batch, round(found[workers, batch]), flush=True)
         ray.shutdown()
-        torch.set_num_threads(1)
-        keep_memory()
-        images, labels = (torch.from_numpy(array) for array in read_rows(store, manifest, "train"))
-        sizes = sorted({-(-batch // workers) for batch in BATCHES for workers in FAR})
-        compute = {size: slice_seconds(manifest, images, labels, size) for size in sizes}
+        rows = [torch.from_numpy(array) for array in read_rows(store, manifest, "train")]
+        for workers in WORKERS[1:]:
+            mp.spawn(rank_at_work, (workers, Path(temporary), manifest, *rows), nprocs=workers)
+            together[workers] = json.loads((Path(temporary) / f"{workers}.json").read_text())
+            print(workers, together[workers], flush=True)
+    alone = Steps(manifest, *rows)
+    sizes = sorted({-(-batch // workers) for batch in BATCHES for workers in FAR})
+    compute = {size: alone.seconds(size) for size in sizes}
+    text = report(found, together, compute)
+    output.write_text(text)
+    print(text)
 
-    def here(workers: int, batch: int) -> float:
-        turns = max(1, workers / cores)  # workers that share a core take turns
-        return batch / (compute[-(-batch // workers)] * turns + (SHARED_MEMORY_S if workers > 1 else 0))
+
+def report(found: dict[tuple[int, int], float], together: dict[int, dict[str, Any]], compute: dict[int, float]) -> str:
+    """What was measured, beside what the model makes of its parts."""
+    most = max(workers for workers in WORKERS if workers <= max(2, CORES))
+    message_s = together[most]["gloo"] / (2 * (most - 1))
+
+    def here(workers: int, batch: int, way: str) -> float:
+        turns = max(1, workers / CORES)  # workers that share a core take turns
+        return batch / (compute[-(-batch // workers)] * turns + together[workers][way])
+
+    def ring_s(workers: int) -> float:
+        messages = 2 * (workers - 1)
+        return messages / workers * GRADIENT_BYTES * 8 / BITS_PER_S + messages * (message_s + WIRE_S)
 
     def far(workers: int, batch: int) -> float:
-        return batch / (compute[-(-batch // workers)] + ring_seconds(workers))
+        return batch / (compute[-(-batch // workers)] + ring_s(workers))
 
-    seen = [
-        f"| {batch} | " + " | ".join(
-            f"{found[workers, batch]:,.0f} ({found[workers, batch] / here(workers, batch):.2f})" for workers in WORKERS
-        ) + " |"
+    def row(batch: int, cells: list[str]) -> str:
+        return f"| {batch} | {' | '.join(cells)} |"
+
+    def beside(value: float, model: float) -> str:
+        return f"{value:,.0f} ({value / model:.2f})"
+
+    trained = [
+        row(batch, [beside(found[workers, batch], here(workers, batch, "shared")) for workers in WORKERS])
         for batch in BATCHES
-    ]  # fmt: skip
-    told = [f"| {batch} | " + " | ".join(f"{far(workers, batch):,.0f}" for workers in FAR) + " |" for batch in BATCHES]
-    text = f"""\
+    ]
+    by_gloo = [
+        row(
+            batch,
+            [beside(batch / together[workers]["steps"][at], here(workers, batch, "gloo")) for workers in WORKERS[1:]],
+        )
+        for at, batch in enumerate(BATCHES)
+    ]
+    told = [row(batch, [f"{far(workers, batch):,.0f}" for workers in FAR]) for batch in BATCHES]
+    sums = [
+        f"| {workers} | {together[workers]['shared'] * 1e3:.2f} | {together[workers]['gloo'] * 1e3:.2f} |"
+        for workers in WORKERS[1:]
+    ]
+    like = min(compute, key=lambda size: abs(compute[size] - ring_s(FAR[-1])))
+    nl = "\n"
+    return f"""\
 # Workers and batches
 
-Written by `make bench-scaling` on {cores} cores, no GPU, torch {torch.__version__}: the seed recipe on 60,000 images,
+Written by `make bench-scaling` on {CORES} cores, no GPU, torch {torch.__version__}: the seed recipe on 60,000 images,
 {EPOCHS} epochs each, images/s of the median epoch after the first. In brackets: over what the model below says for
-workers on one machine, where {cores} can work at a time. For 60 thousand to 6 million images see [scale.md](scale.md).
+workers on one machine, where {CORES} can work at a time. For 60 thousand to 6 million images see [scale.md](scale.md).
 
 | global batch | {" | ".join(f"{workers} workers" for workers in WORKERS)} |
 | --- |{" --- |" * len(WORKERS)}
-{chr(10).join(seen)}
+{nl.join(trained)}
+
+## The model
+
+A step takes the time of one worker's slice, as measured in one process, and of the sum of {GRADIENT_BYTES / 1e3:.0f} KB
+of gradients, as measured here by itself, in milliseconds:
+
+| processes | by shared memory | by gloo |
+| --- | --- | --- |
+{nl.join(sums)}
+
+Workers on one machine add up by shared memory, as above. Processes that add up by gloo, as between machines, without
+Ray, made so many images/s; in brackets, over the model:
+
+| global batch | {" | ".join(f"{workers} processes" for workers in WORKERS[1:])} |
+| --- |{" --- |" * (len(WORKERS) - 1)}
+{nl.join(by_gloo)}
 
 ## What a network of 10 Gbit/s would make of it
 
-Not measured, but computed: one core on each machine, the time of its slice as measured in one process here, and a
-ring's time for {GRADIENT_BYTES / 1e3:.0f} KB of gradients with {LATENCY_S * 1e6:.0f} microseconds a message. LeNet is
-so small that messages, not bytes, set the limit: with 64 workers they take {ring_seconds(64) * 1e3:.1f} ms, as long as
-one worker's gradient of {min(sizes, key=lambda size: abs(compute[size] - ring_seconds(64)))} images.
+Not measured, but computed: one core on each machine, and a ring's 2 (W - 1) messages, each {message_s * 1e6:.0f}
+microseconds of gloo's, as measured with {most} processes, and {WIRE_S * 1e6:.0f} of the wire's. LeNet is so small that
+messages, not bytes, set the limit: with {FAR[-1]} workers they take {ring_s(FAR[-1]) * 1e3:.1f} ms, as long as one
+worker's gradient of {like} images.
 
 | global batch | {" | ".join(map(str, FAR))} |
 | --- |{" --- |" * len(FAR)}
-{chr(10).join(told)}
+{nl.join(told)}
 """
-    output.write_text(text)
-    print(text)
 
 
 if __name__ == "__main__":
