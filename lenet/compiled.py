@@ -64,8 +64,9 @@ class CompiledConvolutions:
             rows.copy_(weight)
         (_, rows1), (_, rows2) = self.weights
         bias1, bias2 = self.biases
+        images = images.contiguous()  # if it is a copy, it has to live as long as C reads it
         self.code.forward(
-            images.contiguous().data_ptr(), self.count, self.side, *self.scaling,
+            images.data_ptr(), self.count, self.side, *self.scaling,
             rows1.data_ptr(), bias1.data_ptr(), rows2.data_ptr(), bias2.data_ptr(), *self.kinds,
             self.kept.data_ptr(), self.features.data_ptr(),
         )  # fmt: skip

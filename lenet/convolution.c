@@ -43,7 +43,7 @@ typedef struct {
 INLINE Vec choose(Ints where, Vec a, Vec b) { return (Vec)((where & (Ints)a) | (~where & (Ints)b)); }
 INLINE Vec all(float x) { return (Vec){} + x; }
 
-// To 2 units in the last place, and NaN for NaN.
+// To 3 units in the last place, and NaN for NaN.
 INLINE Vec sigmoid(Vec x) {
     x = choose(x > 87, all(-87), choose(x < -87, all(87), -x));
     // exp(x) is 2^whole exp(rest). Adding 1.5 * 2^23 rounds to a whole number, which is then in the low bits.

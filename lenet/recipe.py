@@ -17,10 +17,11 @@ class Recipe:
 
     `weights`: xavier is uniform (Glorot and Bengio, 2010) with torch's default biases; kaiming is normal, for ReLU
     (He et al., 2015), with biases of zero. `optimizer`: sgd is torch's, with Nesterov's momentum; muon orthogonalises
-    the updates of all matrices but the last (Jordan et al., 2024) and leaves the rest to AdamW. `schedule`: one-cycle
-    rises in a line over the part `warmup` of all steps and falls to zero along half a cosine. `averaging`: decay of
-    the exponential moving average of the weights, which is then the model; 0 is none. `precision`: bfloat16 is that of
-    torch's autocast, faster on GPUs and on processors with AVX512-BF16; weights and updates stay float32.
+    the updates of all matrices but the last (Jordan et al., 2024) and leaves the rest to AdamW, without weight decay.
+    `schedule`: one-cycle rises in a line over the part `warmup` of all steps and falls to zero along half a cosine.
+    `averaging`: decay of the exponential moving average of the weights, which is then the model; 0 is none.
+    `precision`: bfloat16 is that of the factors of convolutions, on GPUs and on processors with AVX512-BF16, which are
+    faster at it; others compute in float32. Weights and updates are float32.
     """
 
     name: str

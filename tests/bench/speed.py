@@ -58,7 +58,7 @@ def main(
             measured["ahead"].append(ours.ahead)
             measured["after"].append(ours.after)
             measured["one_rate"].append(run_ours(root / f"one-{number}", SHORT, "--workers", "1").rate)
-            if multiplies_bfloat16():
+            if multiplies_bfloat16(torch.device("cpu")):
                 rough = run_ours(root / f"rough-{number}", SHORT, "--precision", "bfloat16")
                 measured["rough_rate"].append(rough.rate)
             measured["rays_rate"].append(statistics.median(IMAGES / seconds for seconds in run_rays(root)))
