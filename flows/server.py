@@ -36,6 +36,7 @@ UNUSED_SERVICES = (
 SETTINGS = {
     "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",  # the terminal is ours; the server keeps all logs
     "PREFECT_LOGGING_EXTRA_LOGGERS": "pipeline,flows",
+    "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",  # infra/automations.yaml, if the user's own server has it, counts on it
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     **{f"PREFECT_SERVER_SERVICES_{service}_ENABLED": "false" for service in UNUSED_SERVICES},
 }

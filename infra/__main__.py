@@ -6,14 +6,12 @@ supervisor keeps the parts running: one that dies is started again.
 """
 
 import os
-import re
 import socket
 import subprocess
 import sys
 import time
 import xmlrpc.client
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -33,9 +31,6 @@ from pipeline.storage import open_store
 PATIENCE_S = 120.0
 FOLDER: Path = Stack.model_fields["folder"].default
 SETTINGS = "stack.json"
-# Prefect's own template of a pool, but for the command: flows/engine.py says why.
-POOL = ROOT / "infra" / "work-pool.json"
-AUTOMATIONS = ROOT / "infra" / "automations.yaml"
 
 
 def up(stack: Stack) -> None:
@@ -75,7 +70,7 @@ def up(stack: Stack) -> None:
         _start(stack, part)
     for part in PARTS:
         if part == "prefect-worker":
-            _deploy(stack)
+            _deploy()
         _start(stack, part)
         _wait(stack, part)
         print(f"{part:>15}  up", flush=True)
@@ -216,33 +211,12 @@ def _node_trouble(stack: Stack, part: str) -> str | None:
     return None if alive >= wanted else f"{alive} of {wanted} Ray nodes are alive"
 
 
-def _deploy(stack: Stack) -> None:
-    """Work pool, deployments with this stack's storage and cluster, and the automation; none of them twice."""
-    _prefect("work-pool", "create", "lenet", "--type", "process", "--base-job-template", str(POOL), "--overwrite")
-    commands = []
-    for name, parameters in {
-        "train-lenet": {"storage": stack.storage, "ray_address": stack.ray_jobs},
-        "predict-lenet": {"model": stack.storage, "ray_address": stack.ray_jobs},
-        "retention": {"storage": stack.storage},
-    }.items():
-        given = [word for key, value in parameters.items() for word in ("--param", f"{key}={value}")]
-        commands.append(["deploy", "--name", f"{name}/{name}", *given])
-    ours = re.findall(r"- name: (\S+)", AUTOMATIONS.read_text())
-    for automation in httpx.post(f"{stack.api}/automations/filter", json={}, timeout=30).json():
-        if automation["name"] in ours:  # perhaps of a version before
-            httpx.delete(f"{stack.api}/automations/{automation['id']}", timeout=30)
-    commands.append(["automation", "create", "--from-file", str(AUTOMATIONS)])
-    with ThreadPoolExecutor() as pool:  # each takes 3 s, most of it to import Prefect
-        list(pool.map(lambda command: _prefect(*command), commands))
-
-
-def _prefect(*arguments: str) -> None:
-    done = subprocess.run(
-        [BIN / "prefect", "--no-prompt", *arguments], cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL
-    )
+def _deploy() -> None:
+    """In a process of its own, as to import Prefect takes 2 s that the other commands do not need."""
+    done = subprocess.run([sys.executable, "-m", "infra.deploy"], cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
-        said = (done.stderr or done.stdout).strip().splitlines()
-        raise ClusterError(f"prefect {' '.join(arguments[:3])}: {said[-1] if said else done.returncode}; see its log")
+        said = done.stderr.strip().splitlines()
+        raise ClusterError(said[-1].removeprefix("deploy: ") if said else f"infra.deploy ended with {done.returncode}")
 
 
 def _processes(stack: Stack) -> list[psutil.Process]:

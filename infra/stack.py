@@ -100,7 +100,7 @@ def environment(stack: Stack) -> dict[str, str]:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token.absolute()),
         "LENET_STORAGE": stack.storage,
-        "LENET_RAY_ADDRESS": stack.ray_address,
+        "LENET_RAY_ADDRESS": stack.ray_jobs,
     }
     _write_private(file, "".join(f"export {name}={shlex.quote(value)}\n" for name, value in found.items()))
     if not token.exists():

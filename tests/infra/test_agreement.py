@@ -2,18 +2,14 @@
 
 import json
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from itertools import takewhile
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
-import pytest
+import yaml
 from prefect.workers.process import ProcessWorker
 
-import infra.__main__ as local
+from flows.server import SETTINGS
 from infra.stack import Stack, programs
 from tests.infra.conftest import COMPOSE, INFRA, LOCK, ROOT, UP, VERSION, Object, groups
 
@@ -63,8 +59,8 @@ def test_ray_is_the_version_that_is_locked(ray: Object) -> None:
 
 def test_the_local_stack_runs_every_command_too(pods: list[Object], ray: Object) -> None:
     known = {words(command) for command in programs(Stack()).values()}
-    # Beside those: what undoes `ray start`, and the script that the next test compares.
-    more = {("ray", "stop"): set(), ("sh", "infra/deploy.sh"): set()}
+    # Beside those: what undoes `ray start`, and what `up` runs by itself.
+    more = {("ray", "stop"): set(), ("python", "infra.deploy"): set()}
     # KubeRay and `ray up` write addresses and ports, and each has one option of its own.
     own = {"--with-healthcheck", "--autoscaling-config"}
     seen = set()
@@ -79,35 +75,6 @@ def test_the_work_pool_is_prefects_own_but_for_the_command() -> None:
     expected = ProcessWorker.get_default_base_job_template()
     expected["variables"]["properties"]["command"]["default"] = "python -m flows.engine"
     assert json.loads((INFRA / "work-pool.json").read_text()) == expected
-
-
-def test_deploying_is_what_the_local_stack_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Nothing:
-        def json(self) -> list[Any]:
-            return []
-
-    address = "http://ray-head:8265"
-    stack: Any = SimpleNamespace(storage="s3://bucket/store", ray_jobs=address, api="")
-    expected: list[list[str]] = []
-    monkeypatch.setattr(local, "_prefect", lambda *arguments: expected.append(["--no-prompt", *arguments]))
-    monkeypatch.setattr(local.httpx, "post", lambda *_, **__: Nothing())
-    local._deploy(stack)
-    expected = [[word.replace(f"{ROOT}/", "") for word in command] for command in expected]
-    fake = tmp_path / "prefect"
-    write = f"print(json.dumps(sys.argv[1:]), file=open({str(tmp_path / 'calls')!r}, 'a'))"
-    fake.write_text(f"#!{sys.executable}\nimport json, sys\n{write}\nsys.exit('delete' in sys.argv)\n")
-    fake.chmod(0o755)
-    env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "LENET_STORAGE": stack.storage, "LENET_RAY_ADDRESS": address}
-    script = ["sh", "infra/deploy.sh"]
-    subprocess.run(script, cwd=ROOT, env=env, check=True)
-    called = [json.loads(line) for line in (tmp_path / "calls").read_text().splitlines()]
-    # The stack does all but the first at the same time.
-    assert called[0] == expected[0]
-    assert sorted(call for call in called if "delete" not in call) == sorted(expected)
-    names = re.findall(r"- name: (\S+)", (INFRA / "automations.yaml").read_text())
-    assert [call[-1] for call in called if "delete" in call] == names
-    refused = subprocess.run(script, cwd=ROOT, env=env | {"LENET_STORAGE": ""}, capture_output=True, text=True)
-    assert "LENET_STORAGE: is not set" in refused.stderr
 
 
 def test_ports_and_heartbeats_are_those_of_the_local_stack(
@@ -131,3 +98,8 @@ def test_ports_and_heartbeats_are_those_of_the_local_stack(
     worker = next(c for pod in pods for c in pod["containers"] if c["name"] == "prefect-worker")
     assert {"name": "PREFECT_FLOWS_HEARTBEAT_FREQUENCY", "value": beat} in worker["env"]
     assert COMPOSE["prefect-worker"]["environment"]["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"] == beat
+    assert SETTINGS["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"] == beat
+    for deployment in yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]:
+        assert deployment["work_pool"]["job_variables"]["env"]["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"] == beat
+    [automation] = yaml.safe_load((INFRA / "automations.yaml").read_text())["automations"]
+    assert automation["trigger"]["within"] >= 3 * int(beat)

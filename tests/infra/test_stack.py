@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from datetime import datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import httpx
 from prefect.blocks.notifications import CustomWebhookNotificationBlock
@@ -90,16 +91,25 @@ def test_a_deployment_has_the_form_of_the_command_line_and_a_schedule_that_is_of
     assert deployment["global_concurrency_limit"]["limit"] == 1
 
 
+def switch_schedule(stack: Running, on: bool) -> list[dict[str, Any]]:
+    """As a click in the UI does it; the schedules as they were."""
+    api = stack.env()["PREFECT_API_URL"]
+    deployment = httpx.get(f"{api}/deployments/name/train-lenet/train-lenet", timeout=30).json()
+    for schedule in deployment["schedules"]:
+        url = f"{api}/deployments/{deployment['id']}/schedules/{schedule['id']}"
+        httpx.patch(url, json={"active": on}, timeout=30).raise_for_status()
+    return list(deployment["schedules"])
+
+
 def test_a_schedule_that_is_switched_on_makes_runs(stack: Running) -> None:
-    name = "train-lenet/train-lenet"
     try:
-        stack.prefect("deployment", "schedule", "create", name, "--cron", "0 3 * * *", "--timezone", "UTC")
+        switch_schedule(stack, on=True)
         scheduled = {"tags": {"all_": ["auto-scheduled"]}}
         wait_for(lambda: stack.ask("/flow_runs/filter", flow_runs=scheduled, limit=1), 120)
         [next_run] = stack.ask("/flow_runs/filter", flow_runs=scheduled, limit=1, sort="EXPECTED_START_TIME_ASC")
         assert next_run["expected_start_time"][11:19] == "03:00:00"
     finally:
-        stack.prefect("deployment", "schedule", "clear", name, "--accept-yes")
+        switch_schedule(stack, on=False)
 
 
 def test_a_flow_runs_on_the_stack_and_says_so_everywhere(stack: Running, bucket: Store) -> None:
@@ -222,12 +232,19 @@ def _workers(stack: Running) -> list[str]:
 
 
 def test_up_again_says_the_same_and_starts_nothing(stack: Running) -> None:
-    before = {process.pid for process in stack.processes() if "supervisord" in " ".join(process.cmdline())}
+    def parts() -> set[int]:
+        return {process.pid for process in stack.processes() if process.ppid() == supervisor.pid}
+
+    [supervisor] = [process for process in stack.processes() if "supervisord" in " ".join(process.cmdline())]
+    before = parts()
+    assert len(before) == len(PARTS)
+    switch_schedule(stack, on=True)
     again = stack.command("up")
     assert again.returncode == 0, again.stderr
     assert [line.split() for line in again.stdout.splitlines()[: len(PARTS)]] == [[part, "up"] for part in PARTS]
-    after = {process.pid for process in stack.processes() if "supervisord" in " ".join(process.cmdline())}
-    assert before == after
+    assert parts() == before
+    [schedule] = switch_schedule(stack, on=False)
+    assert schedule["active"], "what was switched on is off again"
     deployments = httpx.post(f"{stack.env()['PREFECT_API_URL']}/deployments/filter", json={}).json()
     assert sorted(deployment["name"] for deployment in deployments) == ["predict-lenet", "retention", "train-lenet"]
     automations = httpx.post(f"{stack.env()['PREFECT_API_URL']}/automations/filter", json={}).json()
