@@ -1,3 +1,4 @@
+# make setup  install what is pinned into .venv; the others below do it by themselves
 # make run    set up, then run the whole pipeline on real data; options by ARGS, e.g. make run ARGS="--epochs 3"
 # make up     start the whole stack here: S3, Prefect with a worker, three Ray nodes; make status, make down
 # make test   set up, then run all tests
@@ -28,7 +29,9 @@ SPACES := $(shell unshare --net --uts --mount --pid --fork true 2>&1 && command 
 NO_HOSTS := $(if $(filter none,$(SPACES)),--ignore tests/infra/test_hosts.py)
 export PYTHONWARNINGS ?= ignore
 
-.PHONY: run up status down test check format bench bench-data bench-scale bench-evaluate bench-scaling accuracy faults hosts gpu-check parity drill clean
+.PHONY: setup run up status down test check format bench bench-data bench-scale bench-evaluate bench-scaling accuracy faults hosts gpu-check parity drill clean
+
+setup: .venv/runs
 
 run: .venv/runs
 	@$(BIN)/lenet train $(ARGS)
@@ -99,7 +102,7 @@ clean:
 	$(call install,.[stack])
 
 .venv/tests: .venv/runs
-	@{ command -v gcc && command -v chromium chromium-browser google-chrome; } >/dev/null || \
+	@{ command -v gcc && { command -v chromium || command -v chromium-browser || command -v google-chrome; }; } >/dev/null || \
 		{ $(SUDO) apt-get update -qq && $(SUDO) apt-get install -y -qq --no-install-recommends chromium gcc libc6-dev; }
 	$(call install,.[dev])
 

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 from prefect import flow, task
 from prefect.artifacts import create_markdown_artifact
 
+from flows.notify import on_failure
 from flows.parameters import with_parameters
 from flows.train_lenet import STEP, as_prefect_knows_it
 from pipeline import batch
@@ -22,7 +23,7 @@ def predict(config: PredictConfig) -> BatchReport:
     return report
 
 
-@flow(name="predict-lenet")
+@flow(name="predict-lenet", on_failure=[on_failure])
 @with_parameters(PredictConfig, lambda field, text: Annotated[field.annotation, field])
 def predict_lenet(**parameters: Any) -> BatchReport:
     """Predict pictures or Parquet with a published model, on Ray, and publish the predictions as Parquet."""

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 from prefect import flow, task
 from prefect.artifacts import create_table_artifact
 
+from flows.notify import on_failure
 from flows.parameters import with_parameters
 from flows.train_lenet import STEP
 from pipeline.config import config_of
@@ -20,7 +21,7 @@ def clean(config: RetentionConfig) -> Plan:
     return plan
 
 
-@flow(name="retention")
+@flow(name="retention", on_failure=[on_failure])
 @with_parameters(RetentionConfig, lambda field, text: Annotated[field.annotation, field])
 def retention(**parameters: Any) -> Plan:
     """List, or remove, old runs that are no version of a model, and checkpoints and copies of other old ones."""

@@ -5,6 +5,7 @@
 supervisor keeps the parts running: one that dies is started again.
 """
 
+import json
 import os
 import socket
 import subprocess
@@ -31,6 +32,7 @@ from pipeline.storage import open_store
 PATIENCE_S = 120.0
 FOLDER: Path = Stack.model_fields["folder"].default
 SETTINGS = "stack.json"
+PATH_LENGTH = 80  # 107 of a socket's, less its name and supervisor's own ending
 
 
 def up(stack: Stack) -> None:
@@ -40,10 +42,11 @@ def up(stack: Stack) -> None:
     """
     if _supervisor(stack) is not None and (running := _found(stack.folder)) != stack:
         stack = running  # a second call need not repeat the options of the first
-    for part in ("logs", "s3", "prefect"):
-        (stack.folder / part).mkdir(parents=True, exist_ok=True)
     if _supervisor(stack) is None:
+        _require_short_path(stack)
         _require_free_ports(stack)
+        for part in ("logs", "s3", "prefect"):
+            (stack.folder / part).mkdir(parents=True, exist_ok=True)
         (stack.folder / SETTINGS).write_text(stack.model_dump_json(indent=2))
         # What this shell has of another cluster's, a token or a profile, would go before the stack's own.
         theirs = {
@@ -117,12 +120,24 @@ def _found(folder: Path) -> Stack:
     file = folder / SETTINGS
     if not file.exists():
         raise ConfigError("folder", str(folder), "no stack was started here", "start one with: make up")
-    return Stack.model_validate_json(file.read_bytes())
+    kept = json.loads(file.read_bytes())  # perhaps of another version, which had more to say
+    return Stack.model_validate({name: kept[name] for name in Stack.model_fields if name in kept})
+
+
+def _require_short_path(stack: Stack) -> None:
+    if len(str(stack.folder.absolute())) > PATH_LENGTH:
+        rule = f"the whole path may have {PATH_LENGTH} characters, for the kernel's sake: a socket is kept there"
+        raise ConfigError("folder", str(stack.folder.absolute()), rule, "choose a shorter one with --folder")
 
 
 def _require_free_ports(stack: Stack) -> None:
+    taken: dict[int, str] = {}
     for name, ports in stack.ports.items():
         for port in ports:
+            if other := taken.get(port):
+                rule = f"port {port} is one of --{other}'s, too"
+                raise ConfigError(name, ports[0], rule, f"choose another with --{name}")
+            taken[port] = name
             with socket.socket() as probe:
                 if probe.connect_ex(("127.0.0.1", port)) == 0:
                     rule = f"port {port} is in use by another program"
@@ -262,6 +277,9 @@ def main(arguments: list[str] | None = None) -> None:
     except CycloptsError as error:
         print(f"stack: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+    except xmlrpc.client.Fault as error:
+        print(f"stack: {error.faultString}: what runs is of another version; make down, then make up", file=sys.stderr)
+        sys.exit(1)
     except PipelineError as error:
         print(f"stack: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 from prefect.blocks.notifications import CustomWebhookNotificationBlock
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.variables import Variable
@@ -286,6 +287,24 @@ def test_a_port_in_use_is_one_line_and_starts_nothing(tmp_path: Path) -> None:
         "--prefect-port\n"
     )
     assert running.processes() == []
+
+
+@pytest.mark.parametrize(
+    ("folder", "options", "said"),
+    [
+        ("stack", ["--s3-port", "4195"], "s3-port=4195: port 4200 is one of --prefect-port's, too; choose another"),
+        ("x" * 80, [], "the whole path may have 80 characters"),
+    ],
+    ids=["ports", "path"],
+)
+def test_what_cannot_be_is_one_line_and_makes_nothing(
+    folder: str, options: list[str], said: str, tmp_path: Path
+) -> None:
+    done = Running(tmp_path / folder).command("up", *options)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_status_without_a_stack_is_one_line(tmp_path: Path) -> None:
