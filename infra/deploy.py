@@ -1,7 +1,7 @@
 """`python -m infra.deploy`: what Prefect has to know before it runs anything: work pool, deployments and automation.
 
-Where runs are published and where Ray is, the deployments learn from LENET_STORAGE and LENET_RAY_ADDRESS. A second time
-does no harm: a schedule that was switched on or off stays so.
+Where runs are published and where Ray is, the deployments learn from LENET_STORAGE and LENET_RAY_ADDRESS; without the
+latter each run starts Ray for itself. A second time does no harm: a schedule that was switched on or off stays so.
 """
 
 import json
@@ -29,7 +29,6 @@ ROOT = Path(__file__).parents[1]
 POOL = ROOT / "infra" / "work-pool.json"
 AUTOMATIONS = ROOT / "infra" / "automations.yaml"
 STORAGE, RAY_ADDRESS = "LENET_STORAGE", "LENET_RAY_ADDRESS"
-GIVEN = {STORAGE: "s3://bucket/prefix", RAY_ADDRESS: "http://lenet-head-svc:8265"}
 # Parameters of each deployment, and the variables that they come from.
 PARAMETERS = {
     "train-lenet": {"storage": STORAGE, "ray_address": RAY_ADDRESS},
@@ -42,9 +41,8 @@ def deploy() -> None:
     """Tell the Prefect server at PREFECT_API_URL. Raises ConfigError for what is not set, ClusterError for the rest."""
     if not get_current_settings().api.url:
         raise ConfigError("PREFECT_API_URL", "", "is not set", "say where Prefect is, e.g. http://127.0.0.1:4200/api")
-    for name, example in GIVEN.items():
-        if not os.environ.get(name):
-            raise ConfigError(name, "", "is not set", f"set it, e.g. to {example}")
+    if not os.environ.get(STORAGE):
+        raise ConfigError(STORAGE, "", "is not set", "say where runs are published, e.g. s3://bucket/prefix")
     try:
         with get_client(sync_client=True) as client:
             pool = WorkPoolCreate(name="lenet", type="process", base_job_template=json.loads(POOL.read_text()))
@@ -52,7 +50,11 @@ def deploy() -> None:
             content = yaml.safe_load((ROOT / "prefect.yaml").read_text())
             for deployment in content["deployments"]:
                 deployment.setdefault("parameters", {}).update(
-                    {field: os.environ[name] for field, name in PARAMETERS[deployment["name"]].items()}
+                    {
+                        field: given
+                        for field, name in PARAMETERS[deployment["name"]].items()
+                        if (given := os.getenv(name))
+                    }
                 )
                 keep_switches(deployment, _there_is(client, deployment["name"]))
             _deploy_all(content)
