@@ -1,9 +1,9 @@
 """Proves `lenet data` as a person uses it: the real command on real data, and a line for each mistake."""
 
-import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,30 +18,45 @@ if TYPE_CHECKING:
     from tests.conftest import Splits
 
 LENET = str(Path(sys.executable).with_name("lenet"))
-Lenet = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@dataclass(frozen=True)
+class Done:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+Lenet = Callable[..., Done]
 
 
 @pytest.fixture
-def lenet(tmp_path: Path) -> Lenet:
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        env = {**os.environ, "COLUMNS": "200"}
-        return subprocess.run(
-            [LENET, "data", *arguments], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120
-        )
+def lenet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Lenet:
+    """`lenet data …` in an empty folder, in this process."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*arguments: str) -> Done:
+        with pytest.raises(SystemExit) as exited:
+            main(["data", *arguments])
+        said = capsys.readouterr()
+        return Done(int(exited.value.code or 0), said.out, said.err)
 
     return run
 
 
-def refused(done: subprocess.CompletedProcess[str], complaint: str) -> None:
-    assert done.returncode in (1, 2)
-    assert complaint in done.stderr
-    assert "Traceback" not in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
+def refused(done: Done, complaint: str) -> None:
+    assert done.code in (1, 2)
+    assert complaint in done.err
+    assert len(done.err.strip().splitlines()) == 1
 
 
 def test_the_published_dataset_from_source_to_page(lenet: Lenet, tmp_path: Path) -> None:
-    assert "nothing in the store yet" in lenet("list").stdout
-    prepared = lenet("prepare", "--validation-fraction", "0.1")
+    assert "nothing in the store yet" in lenet("list").out
+    command = [LENET, "data", "prepare", "--validation-fraction", "0.1"]  # as a person's own process
+    prepared = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert prepared.returncode == 0, prepared.stderr
     (manifest,) = list_manifests(open_store(str(tmp_path / "store")))
     assert f"fashion-mnist version {manifest.version}: " in prepared.stdout
@@ -50,22 +65,22 @@ def test_the_published_dataset_from_source_to_page(lenet: Lenet, tmp_path: Path)
         "validation": 6_000,
         "test": 10_000,
     }
-    listed = lenet("list").stdout
+    listed = lenet("list").out
     assert "54,000 train, 6,000 validation, 10,000 test" in listed
     assert all(name in listed for name in ("mnist", "kmnist", "qmnist", "emnist-letters"))
-    assert lenet("verify").returncode == 0
-    assert lenet("show", "fashion-mnist").returncode == 0
+    assert lenet("verify").code == 0
+    assert lenet("show", "fashion-mnist").code == 0
     assert "<h1>fashion-mnist</h1>" in (tmp_path / "fashion-mnist.html").read_text()
     shown = lenet("show", "fashion-mnist", "--output", "sheet.png", "--samples", "5")
-    assert shown.returncode == 0
+    assert shown.code == 0
     assert Image.open(tmp_path / "sheet.png").size == (180 + 5 * 30, 300)
 
     shard = next((tmp_path / "store").rglob("train-00002-*.parquet"))
     shard.write_bytes(shard.read_bytes()[:-1])
     refused(lenet("show", "cifar"), "dataset='cifar': ")
     broken = lenet("verify", "fashion-mnist")
-    assert broken.returncode == 1
-    assert f"{shard}: shard is altered" in broken.stderr
+    assert broken.code == 1
+    assert f"{shard}: shard is altered" in broken.err
 
 
 def test_a_persons_own_folder_of_pictures(lenet: Lenet, tmp_path: Path, small_splits: "Splits") -> None:
@@ -76,11 +91,11 @@ def test_a_persons_own_folder_of_pictures(lenet: Lenet, tmp_path: Path, small_sp
                 folder.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(image).save(folder / f"{number}.png")
     done = lenet("prepare", "--dataset", "my-own", "--source", "pictures")
-    assert done.returncode == 0, done.stderr
+    assert done.code == 0, done.err
     (manifest,) = list_manifests(open_store(str(tmp_path / "store")))
     assert manifest.classes == ("kind 0", "kind 1", "kind 2")
     assert manifest.rows("train") == int((small_splits["train"][1] < 3).sum())
-    assert lenet("show", "my-own").returncode == 0
+    assert lenet("show", "my-own").code == 0
 
 
 @pytest.mark.parametrize(
@@ -98,15 +113,6 @@ def test_a_persons_own_folder_of_pictures(lenet: Lenet, tmp_path: Path, small_sp
         (["lst"], "lst"),
     ],
 )
-def test_a_mistake_costs_a_line(
-    arguments: list[str], complaint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as exited:
-        main(["data", *arguments])
-    output = capsys.readouterr()
-    assert exited.value.code in (1, 2)
-    assert complaint in output.err
-    assert len(output.err.strip().splitlines()) == 1
+def test_a_mistake_costs_a_line(lenet: Lenet, tmp_path: Path, arguments: list[str], complaint: str) -> None:
+    refused(lenet(*arguments), complaint)
     assert not list(tmp_path.iterdir())

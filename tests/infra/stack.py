@@ -41,6 +41,17 @@ class Running:
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
+    def deployment(self) -> dict[str, Any]:
+        """That of the training, as Prefect has it."""
+        url = f"{self.env()['PREFECT_API_URL']}/deployments/name/train-lenet/train-lenet"
+        found: dict[str, Any] = httpx.get(url, timeout=30).raise_for_status().json()
+        return found
+
+    def submit(self, job_variables: dict[str, Any] | None = None, **parameters: object) -> None:
+        """A flow run of the training, as the UI asks for it."""
+        body = {"parameters": parameters, "state": {"type": "SCHEDULED"}, "job_variables": job_variables or {}}
+        self.ask(f"/deployments/{self.deployment()['id']}/create_flow_run", **body)
+
     def run(self, name: str, *parameters: str) -> None:
         """A deployment's flow, to its end; a failed test with all that was logged when it does not complete."""
         given = [word for parameter in parameters for word in ("-p", parameter)]

@@ -82,8 +82,7 @@ def scrape(ports: list[int], into: dict[str, float], ended: threading.Event) -> 
 
 
 def test_a_deployment_has_the_form_of_the_command_line_and_a_schedule_that_is_off(stack: Running) -> None:
-    url = f"{stack.env()['PREFECT_API_URL']}/deployments/name/train-lenet/train-lenet"
-    deployment = httpx.get(url, timeout=30).json()
+    deployment = stack.deployment()
     schema = deployment["parameter_openapi_schema"]["properties"]
     assert list(schema) == list(RunConfig.model_fields)
     assert "Passes over the training set." in schema["epochs"]["description"]
@@ -94,10 +93,9 @@ def test_a_deployment_has_the_form_of_the_command_line_and_a_schedule_that_is_of
 
 def switch_schedule(stack: Running, on: bool) -> list[dict[str, Any]]:
     """As a click in the UI does it; the schedules as they were."""
-    api = stack.env()["PREFECT_API_URL"]
-    deployment = httpx.get(f"{api}/deployments/name/train-lenet/train-lenet", timeout=30).json()
+    deployment = stack.deployment()
     for schedule in deployment["schedules"]:
-        url = f"{api}/deployments/{deployment['id']}/schedules/{schedule['id']}"
+        url = f"{stack.env()['PREFECT_API_URL']}/deployments/{deployment['id']}/schedules/{schedule['id']}"
         httpx.patch(url, json={"active": on}, timeout=30).raise_for_status()
     return list(deployment["schedules"])
 
@@ -176,10 +174,9 @@ def test_a_flow_runs_on_the_stack_and_says_so_everywhere(stack: Running, bucket:
 
 
 def test_a_killed_flow_process_is_followed_by_another_that_finds_the_training(stack: Running, bucket: Store) -> None:
-    # At this rate it learns next to nothing: the champion stays, and people hear of that.
-    given = [word for value in ("epochs=12", "run_id=killed", "lr=0.001") for word in ("-p", value)]
     with listening(stack) as told:
-        stack.prefect("deployment", "run", "train-lenet/train-lenet", *given)
+        # At this rate it learns next to nothing: the champion stays, and people hear of that.
+        stack.submit(epochs=12, run_id="killed", lr=0.001, workers=1)
         wait_for(lambda: begun(bucket, "killed"), 200)
         [process] = [process for process in stack.processes() if "flows.engine" in process.cmdline()]
         process.kill()
@@ -196,10 +193,10 @@ def test_a_killed_flow_process_is_followed_by_another_that_finds_the_training(st
 
 
 def test_a_cancelled_flow_run_stops_its_training_and_frees_the_workers(stack: Running, bucket: Store) -> None:
-    stack.prefect("deployment", "run", "train-lenet/train-lenet", "-p", "epochs=500", "-p", "run_id=cancelled")
+    stack.submit(epochs=500, run_id="cancelled", workers=1)
     wait_for(lambda: begun(bucket, "cancelled"), 200)
     workers = [process for process in stack.processes() if process.name().startswith("ray::RayTrainWorker")]
-    assert [worker.nice() for worker in workers] == [0, 0]  # they do not give way to all else
+    assert [worker.nice() for worker in workers] == [0]  # it does not give way to all else
     flow_run = stack.flow_run()
     started = time.monotonic()
     body = {"state": {"type": "CANCELLING"}}
@@ -212,9 +209,8 @@ def test_a_cancelled_flow_run_stops_its_training_and_frees_the_workers(stack: Ru
 
 
 def test_wrong_keys_end_a_flow_in_a_line_and_who_wants_to_hear_of_it_is_told(stack: Running) -> None:
-    wrong = 'env={"AWS_SECRET_ACCESS_KEY": "wrong-secret"}'
     with listening(stack) as told:
-        stack.prefect("deployment", "run", "train-lenet/train-lenet", "-p", "workers=1", "--job-variable", wrong)
+        stack.submit({"env": {"AWS_SECRET_ACCESS_KEY": "wrong-secret"}}, workers=1)
         wait_for(lambda: told, 120)
     assert told[0].startswith("fashion-mnist seed on 1 worker: Failed: ")
     assert "access denied" in told[0]
