@@ -1,23 +1,15 @@
 """Proves that folders and buckets keep the same promises: whole objects, conditional writes, one-line errors."""
 
-import contextlib
 import json
-import os
 import pickle
 import re
 import socket
-import socketserver
-import subprocess
-import sys
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -94,6 +86,21 @@ def test_delete_removes_an_object_a_folder_and_minds_nothing_missing(store: Stor
     store.delete("c")
     store.delete("never-there")
     assert [store.exists(key) for key in ("a/1", "a/b/2", "c", "ab/3")] == [False, False, False, True]
+
+
+def test_delete_takes_no_key_for_a_pattern(store: Store) -> None:
+    for key in ("a[1]/k", "a1/k", "b*", "bc"):
+        store.put(key, b"x")
+    store.delete("a[1]")
+    store.delete("b*")
+    assert store.keys("") == ["a1/k", "bc"]
+
+
+def test_delete_knows_more_than_a_page_of_keys(store: Store) -> None:
+    with ThreadPoolExecutor(THREADS) as pool:
+        list(pool.map(lambda number: store.create(f"a/{number}", b""), range(1001)))
+    store.delete("a")
+    assert store.keys("") == []
 
 
 def test_a_missing_object_is_named(store: Store) -> None:
@@ -180,74 +187,6 @@ def test_arrow_reads_and_writes_parquet_in_the_same_place(store: Store) -> None:
     assert pq.read_table(pa.BufferReader(store.read("made/x.parquet"))).equals(table)
 
 
-# Folders.
-
-
-@pytest.mark.parametrize("name", ["plain", "with space", "per%20cent", "häuser#1?", "a@b"])
-def test_a_folders_url_opens_the_same_folder(tmp_path: Path, name: str) -> None:
-    by_path = open_store(str(tmp_path / name))
-    by_path.put("k", b"x")
-    assert (tmp_path / name / "k").read_bytes() == b"x"
-    assert open_store(by_path.url).read("k") == b"x"
-
-
-def test_a_key_is_located_where_a_person_finds_it(tmp_path: Path) -> None:
-    assert open_store(str(tmp_path)).locate("a/b") == str(tmp_path / "a/b")
-    assert open_store("s3://bucket/prefix/").locate("a/b") == "s3://bucket/prefix/a/b"
-
-
-@pytest.mark.parametrize("operation", ["put", "create", "replace"])
-def test_a_write_that_fails_at_its_last_step_leaves_nothing(
-    local_store: Store, monkeypatch: pytest.MonkeyPatch, operation: str
-) -> None:
-    def fail(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    local_store.put("k", b"y")
-    monkeypatch.setattr(os, "link", fail)
-    monkeypatch.setattr(Path, "replace", fail)
-    target = "k" if operation == "replace" else "new"
-    calls: dict[str, Callable[[], object]] = {
-        "put": lambda: local_store.put(target, b"x"),
-        "create": lambda: local_store.create(target, b"x"),
-        "replace": lambda: local_store.replace(target, b"x", b"y"),
-    }
-    with pytest.raises(
-        StorageError, match=re.escape("store failed (No space left on device); check the disk")
-    ) as raised:
-        calls[operation]()
-    assert not pickle.loads(pickle.dumps(raised.value)).may_pass  # noqa: S301  # as Ray sends it from a worker
-    assert local_store.keys("") == ["k"]
-    assert local_store.read("k") == b"y"
-
-
-@pytest.mark.parametrize("operation", ["put", "create", "replace"])
-def test_a_process_killed_before_the_last_step_leaves_nothing_visible(local_store: Store, operation: str) -> None:
-    local_store.put("a/k", b"y")
-    calls = {"put": 'put("a/n", b"x")', "create": 'create("a/n", b"x")', "replace": 'replace("a/k", b"x", b"y")'}
-    program = f"""
-import os, sys
-from pathlib import Path
-from pipeline.storage import open_store
-os.link = Path.replace = lambda *_: os._exit(9)
-open_store(sys.argv[1]).{calls[operation]}
-"""
-    assert subprocess.run([sys.executable, "-c", program, local_store.url], check=False).returncode == 9
-    assert local_store.keys("") == ["a/k"]
-    assert local_store.read("a/k") == b"y"
-    assert local_store.replace("a/k", b"z", b"y"), "nor does it hold a lock"
-
-
-@pytest.mark.parametrize("operation", ["read", "put", "create", "check_writable"])
-def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path, operation: str) -> None:
-    """Below a regular file, since the tests may run as root, who may write anywhere else."""
-    (tmp_path / "file").write_bytes(b"")
-    below = open_store(str(tmp_path / "file" / "store"))
-    message = refusal(lambda: OPERATIONS[operation](below))
-    assert message.startswith(f"{tmp_path}/file/store/")
-    assert message.endswith("; check the disk")
-
-
 # URLs.
 
 
@@ -258,6 +197,13 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path, operation: str) -
         ("s3://", "use one of these"),
         ("gs://bucket/x", "use one of these"),
         ("http://host/x", "use one of these"),
+        ("~nobody-of-that-name/x", "write the path in full"),
+        ("s3://[x", "write it without brackets"),
+        ("s3://bucket/exp[1]", "use another prefix"),
+        ("s3://bucket/run#1", "use another prefix"),
+        ("s3://bucket/run?", "use another prefix"),
+        ("s3://bucket*/run", "use another prefix"),
+        ("s3://my bucket/x", "write s3://bucket/prefix"),
     ],
 )
 def test_other_urls_are_refused_with_a_remedy(url: str, remedy: str) -> None:
@@ -271,6 +217,24 @@ def test_credentials_in_a_url_are_refused_and_not_repeated(secret: str) -> None:
         open_store(f"s3://AKIAXYZ:{secret}@bucket/prefix")
     assert "AKIAXYZ" not in str(raised.value)
     assert not re.search("hun|ter2", str(raised.value))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "remedy"),
+    [
+        ("AWS_ENDPOINT_URL", "localhost:8333", "write http://localhost:8333"),
+        ("AWS_ENDPOINT_URL_S3", "seaweedfs", "write http://seaweedfs"),
+        ("LENET_S3_OUTAGE_S", "30s", "use 30"),
+        ("LENET_S3_OUTAGE_S", "nan", "use 30"),
+        ("LENET_S3_OUTAGE_S", "-1", "use 30"),
+    ],
+)
+def test_an_environment_that_cannot_be_meant_is_refused(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, remedy: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=f"^{name}='{value}': .*; {remedy}$"):
+        open_store("s3://bucket/x")
 
 
 # Buckets in trouble.
@@ -352,42 +316,3 @@ def test_forty_operations_begun_in_an_outage_of_three_seconds_all_succeed_and_so
             assert all(operation.result() == b"kept" for operation in reads)
             assert all(operation.result() for operation in creates)
     assert len(store.keys("")) == 41
-
-
-def test_a_server_that_errs_while_it_starts_is_waited_for(s3_server: "S3Server", s3_env: dict[str, str]) -> None:
-    """A proxy before the real server answers 500 at first, as a server does whose disks are not up yet."""
-    real = urlsplit(s3_server.endpoint)
-    errors_left = [8]
-
-    class Proxy(socketserver.BaseRequestHandler):
-        def handle(self) -> None:
-            if errors_left[0] > 0:
-                errors_left[0] -= 1
-                self.request.recv(65536)
-                body = b"<Error><Code>InternalError</Code><Message>not yet</Message></Error>"
-                head = f"HTTP/1.1 500 Error\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n"
-                self.request.sendall(head.encode() + body)
-                return
-            with socket.create_connection((str(real.hostname), real.port or 80)) as upstream:
-                back = threading.Thread(target=pump, args=(upstream, self.request), daemon=True)
-                back.start()
-                pump(self.request, upstream)
-
-    def pump(source: socket.socket, sink: socket.socket) -> None:
-        with contextlib.suppress(OSError):
-            while data := source.recv(65536):
-                sink.sendall(data)
-
-    class Server(socketserver.ThreadingTCPServer):
-        daemon_threads = True
-        block_on_close = False
-
-    with Server(("127.0.0.1", 0), Proxy) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        os.environ["AWS_ENDPOINT_URL"] = f"http://127.0.0.1:{server.server_address[1]}"  # s3_env puts it back
-        key = f"starting/{uuid.uuid4().hex}"
-        store = open_store(f"s3://{s3_server.bucket}")
-        store.put(key, b"whole")
-        assert store.read(key) == b"whole"
-        server.shutdown()
-    assert errors_left == [0]

@@ -1,0 +1,114 @@
+"""Proves that a folder keeps a store's promises when a disk fails, a process is killed, or a folder is not readable."""
+
+import os
+import pickle
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import StorageError
+from pipeline.storage import Store, open_store
+from tests import conftest
+
+refusal = partial(conftest.refusal, kind=StorageError)
+OPERATIONS: dict[str, Callable[[Store], object]] = {
+    "read": lambda store: store.read("k"),
+    "put": lambda store: store.put("k", b"x"),
+    "create": lambda store: store.create("k", b"x"),
+    "check_writable": lambda store: store.check_writable(),
+}
+
+
+@pytest.mark.parametrize("name", ["plain", "with space", "per%20cent", "häuser#1?", "a@b"])
+def test_a_folders_url_opens_the_same_folder(tmp_path: Path, name: str) -> None:
+    by_path = open_store(str(tmp_path / name))
+    by_path.put("k", b"x")
+    assert (tmp_path / name / "k").read_bytes() == b"x"
+    assert open_store(by_path.url).read("k") == b"x"
+
+
+def test_a_key_is_located_where_a_person_finds_it(tmp_path: Path) -> None:
+    assert open_store(str(tmp_path)).locate("a/b") == str(tmp_path / "a/b")
+    assert open_store("s3://bucket/prefix/").locate("a/b") == "s3://bucket/prefix/a/b"
+
+
+@pytest.mark.parametrize("operation", ["put", "create", "replace"])
+def test_a_write_that_fails_at_its_last_step_leaves_nothing(
+    local_store: Store, monkeypatch: pytest.MonkeyPatch, operation: str
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    local_store.put("k", b"y")
+    monkeypatch.setattr(os, "link", fail)
+    monkeypatch.setattr(Path, "replace", fail)
+    target = "k" if operation == "replace" else "new"
+    calls: dict[str, Callable[[], object]] = {
+        "put": lambda: local_store.put(target, b"x"),
+        "create": lambda: local_store.create(target, b"x"),
+        "replace": lambda: local_store.replace(target, b"x", b"y"),
+    }
+    with pytest.raises(
+        StorageError, match=re.escape("store failed (No space left on device); check the disk")
+    ) as raised:
+        calls[operation]()
+    assert not pickle.loads(pickle.dumps(raised.value)).may_pass  # noqa: S301  # as Ray sends it from a worker
+    assert local_store.keys("") == ["k"]
+    assert local_store.read("k") == b"y"
+
+
+@pytest.mark.parametrize("operation", ["put", "create", "replace"])
+def test_a_process_killed_before_the_last_step_leaves_nothing_visible(local_store: Store, operation: str) -> None:
+    local_store.put("a/k", b"y")
+    calls = {"put": 'put("a/n", b"x")', "create": 'create("a/n", b"x")', "replace": 'replace("a/k", b"x", b"y")'}
+    program = f"""
+import os, sys
+from pathlib import Path
+from pipeline.storage import open_store
+os.link = Path.replace = lambda *_: os._exit(9)
+open_store(sys.argv[1]).{calls[operation]}
+"""
+    assert subprocess.run([sys.executable, "-c", program, local_store.url], check=False).returncode == 9
+    assert local_store.keys("") == ["a/k"]
+    assert local_store.read("a/k") == b"y"
+    assert local_store.replace("a/k", b"z", b"y"), "nor does it hold a lock"
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path, operation: str) -> None:
+    """Below a regular file, since the tests may run as root, who may write anywhere else."""
+    (tmp_path / "file").write_bytes(b"")
+    below = open_store(str(tmp_path / "file" / "store"))
+    message = refusal(lambda: OPERATIONS[operation](below))
+    assert message.startswith(f"{tmp_path}/file/store/")
+    assert message.endswith("; check the disk")
+
+
+def test_a_folder_that_cannot_be_looked_into_is_not_taken_for_empty(local_store: Store) -> None:
+    """With no file left to open, since the tests may run as root, who may look into any folder."""
+    local_store.put("a/b/k", b"x")
+    program = """
+import os, resource, sys
+from pipeline.storage import open_store
+store = open_store(sys.argv[1])
+assert store.keys("") == ["a/b/k"]
+resource.setrlimit(resource.RLIMIT_NOFILE, (0, 0))
+store.keys("a")
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", program, local_store.url], check=False, capture_output=True, text=True
+    )
+    said = f"StorageError: {local_store.locate('a')}: store failed (Too many open files); check the disk"
+    assert ended.stderr.splitlines()[-1].endswith(said)
+
+
+def test_links_are_not_listed(local_store: Store, tmp_path: Path) -> None:
+    local_store.put("a/k", b"x")
+    Path(local_store.path("a/file")).symlink_to(local_store.path("a/k"))
+    Path(local_store.path("a/folder")).symlink_to(tmp_path)
+    assert local_store.keys("") == ["a/k"]
