@@ -6,6 +6,7 @@ the manifest is there.
 """
 
 import base64
+import contextlib
 import json
 import logging
 import math
@@ -20,13 +21,15 @@ import xxhash
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline.ahead import in_order
-from pipeline.errors import DataError
+from pipeline.errors import DataError, StorageError
+from pipeline.idx import Pixels
 from pipeline.order import Rows, hold_out, share
 from pipeline.shards import (
     FORMAT_VERSION,
     DataReport,
     Manifest,
     Shard,
+    decode_shard,
     digest_of,
     encode_shard,
     find_manifest,
@@ -130,12 +133,23 @@ def plan_shards(rows: int, image_bytes: int, config: ShardConfig) -> list[tuple[
 def write_shards(store: Store, source: Source, config: ShardConfig, run: Run = run_in_threads) -> Manifest:
     """Shard a source, `run` doing the tasks; the manifest is written last. Nothing to do if it is there already.
 
-    Raises DataError for a class without training images.
+    Raises DataError for a class without training images, and images that are all of one grey.
     """
     facts = source.facts
     folder = dataset_folder(facts.dataset, facts.made_of, facts.conversion, config)
     if manifest := find_manifest(store, folder):
         return manifest
+    try:
+        return _write_version(store, source, folder, config, run)
+    except StorageError:
+        # Another run that did the same has published, and then taken away the receipts that this one was at.
+        if manifest := find_manifest(store, folder):
+            return manifest
+        raise
+
+
+def _write_version(store: Store, source: Source, folder: str, config: ShardConfig, run: Run) -> Manifest:
+    facts = source.facts
     image_bytes = facts.image_shape[0] * facts.image_shape[1]
     shards: dict[str, tuple[Shard, ...]] = {}
     census = _Census(len(facts.classes))
@@ -157,6 +171,8 @@ def write_shards(store: Store, source: Source, config: ShardConfig, run: Run = r
     for name, count in zip(facts.classes, report.class_counts["train"], strict=True):
         if count == 0:
             raise DataError(f"{facts.dataset}: class {name!r} has no training image; leave it out of the classes")
+    if report.pixel_std == 0:
+        raise DataError(f"{facts.dataset}: all pixels to train on have the same value; look at the images")
     manifest = Manifest(
         format_version=2,
         dataset=facts.dataset,
@@ -175,7 +191,10 @@ def write_shards(store: Store, source: Source, config: ShardConfig, run: Run = r
     )
     manifest = manifest.model_copy(update={"digest": digest_of(manifest)})
     store.keep(f"{folder}/manifest.json", manifest.model_dump_json(indent=2).encode())
-    store.delete(f"{folder}/{RECEIPTS}")
+    try:
+        store.delete(f"{folder}/{RECEIPTS}")
+    except StorageError as error:
+        log.warning("%s: receipts stay, which does no harm: %s", facts.dataset, error)
     return require_manifest(store, folder)
 
 
@@ -185,8 +204,7 @@ def write_shard(task: ShardTask) -> Part:
     if (done := _find_part(task, receipt)) is not None:
         return done
     images, labels = task.source.read(task.split, task.rows), task.source.labels(task.split)[task.rows]
-    data = encode_shard(images, labels, task.rows)
-    task.store.put(f"{task.folder}/{task.name}", data)
+    data = _keep_shard(task, images, labels)
     flat = images.reshape(len(images), -1)
     part = Part(
         shard=Shard(name=task.name, rows=len(images), bytes=len(data), sha256=sha256(data)),
@@ -198,6 +216,18 @@ def write_shard(task: ShardTask) -> Part:
     )
     task.store.put(receipt, part.model_dump_json().encode())
     return part
+
+
+def _keep_shard(task: ShardTask, images: Pixels, labels: Pixels) -> bytes:
+    """What the store holds for the shard: of one that is published already, not a byte may change."""
+    key, data = f"{task.folder}/{task.name}", encode_shard(images, labels, task.rows)
+    found = task.store.keep(key, data)
+    if found != data:
+        with contextlib.suppress(DataError):
+            if all(map(np.array_equal, decode_shard(found, task.source.facts.image_shape), (images, labels))):
+                return found  # the same rows, packed by another release
+        task.store.put(key, data)
+    return data
 
 
 def _find_part(task: ShardTask, receipt: str) -> Part | None:
@@ -235,7 +265,7 @@ class _Census:
     def report(self) -> DataReport:
         """All of it together."""
         mean = self.pixel_sum / self.pixels
-        variance = self.pixel_square_sum / self.pixels - mean**2
+        variance = max(0.0, self.pixel_square_sum / self.pixels - mean**2)  # rounding may leave less than nothing
         return DataReport(
             class_counts={split: tuple(counts.tolist()) for split, counts in self.class_counts.items()},
             pixel_mean=mean / 255,

@@ -2,21 +2,34 @@
 
 import itertools
 import math
+import shutil
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.cluster import ClusterConfig, run_on_ray
 from pipeline.errors import DataError
-from pipeline.sharding import Part, ShardConfig, ShardTask, plan_shards, plan_splits, run_in_threads, write_shards
+from pipeline.sharding import (
+    Part,
+    ShardConfig,
+    ShardTask,
+    plan_shards,
+    plan_splits,
+    run_in_threads,
+    write_shard,
+    write_shards,
+)
 from pipeline.shards import Manifest, find_manifest, read_rows, verify_shards
 from pipeline.source import Source
-from pipeline.storage import Store, open_store
+from pipeline.storage import LocalStore, Store, open_store, sha256
 
 if TYPE_CHECKING:
     from tests.conftest import Splits
@@ -124,6 +137,57 @@ def test_a_receipt_whose_shard_is_damaged_counts_for_nothing(small_source: Sourc
     receipts = [key for key in local_store.keys("datasets") if key.endswith(".json")]
     local_store.put(receipts[1], b"torn")
     verify_shards(local_store, write_shards(local_store, small_source, CONFIG))
+
+
+def test_runs_that_shard_the_same_at_once_all_succeed(small_source: Source, store: Store) -> None:
+    """Whoever is first removes the receipts while the others look for theirs."""
+    for shard_mib in (0.05, 0.06, 0.07, 0.08) if isinstance(store, LocalStore) else (0.05,):
+        config = ShardConfig(shard_mib=shard_mib)
+        with ThreadPoolExecutor(4) as pool:
+            runs = [pool.submit(write_shards, open_store(store.url), small_source, config) for _ in range(4)]
+        manifests = [run.result() for run in runs]
+        assert manifests.count(manifests[0]) == 4
+        verify_shards(store, manifests[0])
+
+
+def test_a_published_shard_is_not_written_again(small_source: Source, local_store: Store) -> None:
+    """Another release may pack the same rows otherwise; a run that comes late must not change what is published."""
+    seen: list[ShardTask] = []
+
+    def watch(work: Callable[[ShardTask], Part], tasks: Iterable[ShardTask]) -> Iterator[Part]:
+        for task in tasks:
+            seen.append(task)
+            yield work(task)
+
+    write_shards(local_store, small_source, CONFIG, watch)
+    task = seen[-1]
+    key = f"{task.folder}/{task.name}"
+    otherwise = pa.BufferOutputStream()
+    pq.write_table(pq.read_table(pa.BufferReader(local_store.read(key))), otherwise, compression="zstd")
+    packed = bytes(otherwise.getvalue())
+    local_store.put(key, packed)
+    assert write_shard(task).shard.sha256 == sha256(packed)
+    assert local_store.read(key) == packed
+
+
+def test_receipts_that_stay_are_no_failure(
+    small_source: Source, local_store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(39, "Directory not empty")
+
+    monkeypatch.setattr(shutil, "rmtree", fail)
+    verify_shards(local_store, write_shards(local_store, small_source, CONFIG))
+    assert "Directory not empty" in caplog.text
+
+
+def test_images_that_are_all_of_one_grey_are_refused(
+    small_splits: "Splits", make_source: MakeSource, tmp_path: Path, local_store: Store
+) -> None:
+    images, labels = small_splits["train"]
+    source = make_source(tmp_path / "idx", {**small_splits, "train": (np.full_like(images, 7), labels)})
+    with pytest.raises(DataError, match=r"^fashion-mnist: all pixels to train on have the same value; "):
+        write_shards(local_store, source, CONFIG)
 
 
 def test_the_report_says_what_the_data_are_like(fashion_mnist: Source, local_store: Store) -> None:
