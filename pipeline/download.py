@@ -5,11 +5,14 @@ known, else the md5 of the archive. What is torn or tampered with is dropped and
 ever made up in its place. Data of the user's own is converted (`pipeline.convert`).
 """
 
+import contextlib
 import logging
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -25,13 +28,16 @@ from pipeline.errors import ConfigError, DataError, first_line
 from pipeline.published import check_published, convert, describe, unpack
 from pipeline.source import FACTS, leave, open_source
 from pipeline.source import SourceConfig as SourceConfig
-from pipeline.storage import open_store
+from pipeline.storage import open_store, split_url
 
 log = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT_S = 10
 READ_TIMEOUT_S = 60
 RETRIES = 2  # per file and mirror, one and two seconds apart (pooch's pauses)
+
+LEFT = re.compile(r"\.[a-z0-9-]+-[a-z0-9_]{8}")  # as `tempfile` names what is not whole yet
+LEFT_S = 24 * 3600
 
 Bring = Callable[[Path], None]
 
@@ -60,11 +66,8 @@ def check_source(config: SourceConfig) -> None:
             f"{config.dataset} has 28x28 pixels",
             "leave it out; it is for your own data",
         )
-    parts = urlsplit(source)
+    parts = split_url(source, "source")
     if parts.scheme in ("http", "https", "s3"):
-        if "@" in parts.netloc:
-            hidden = f"{parts.scheme}://…@{source.rpartition('@')[2]}"
-            raise ConfigError("source", hidden, "credentials do not belong in a URL", "use a URL without")
         if published and parts.scheme == "s3":
             raise ConfigError("source", source, f"{config.dataset} is not read from S3", "use auto, a folder or a URL")
         if not published and parts.scheme != "s3":
@@ -72,15 +75,15 @@ def check_source(config: SourceConfig) -> None:
                 "source", source, "your own data is not fetched over HTTP", "use a folder, Parquet, or s3://"
             )
         if not published:
-            try:
-                open_store(source)
-            except ConfigError as error:
-                _, value, rule, remedy = error.args
-                raise ConfigError("source", value, rule, remedy) from None
-    elif published and source != "auto" and not config.path.is_dir():
-        raise ConfigError("source", source, "no such folder", "use auto, a folder with IDX files, or a URL")
-    elif not published:
-        recognisable(config)
+            open_store(source, "source")
+        return
+    try:
+        if published and source != "auto" and not config.path.is_dir():
+            raise ConfigError("source", source, "no such folder", "use auto, a folder with IDX files, or a URL")
+        if not published:
+            recognisable(config)
+    except OSError as error:  # no right to look, a name that is too long
+        raise ConfigError("source", source, str(error.strerror), "use a path that you may read") from None
 
 
 def fetch(config: SourceConfig) -> Path:
@@ -98,6 +101,7 @@ def fetch(config: SourceConfig) -> Path:
             f"cache {cache} cannot be made ({error.strerror}); point XDG_CACHE_HOME at a folder of yours"
         ) from None
     try:
+        _clear(cache)
         if config.dataset in CATALOG:
             return _fetch_published(CATALOG[config.dataset], config, cache)
         return bring_own(config, cache)
@@ -105,6 +109,14 @@ def fetch(config: SourceConfig) -> Path:
         raise DataError(
             f"{config.dataset}: {error.filename or cache}: {error.strerror}; check the disk and the folder's mode"
         ) from error
+
+
+def _clear(cache: Path) -> None:
+    """Remove what processes that were killed have left: for days nobody converts."""
+    for left in cache.iterdir():
+        with contextlib.suppress(FileNotFoundError):  # of a process that has just finished
+            if LEFT.fullmatch(left.name) and time.time() - left.stat().st_mtime > LEFT_S:
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def _fetch_published(dataset: Dataset, config: SourceConfig, cache: Path) -> Path:

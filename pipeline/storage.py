@@ -141,7 +141,7 @@ def split_url(url: str, field: str) -> SplitResult:
     try:
         parts = urlsplit(url)
     except ValueError as error:
-        raise ConfigError(field, url, f"not a URL ({error})", "write it without brackets") from None
+        raise ConfigError(field, url, f"not a URL ({error})", "check its host and brackets") from None
     # A secret may hold a "/", "?" or "#", so the "@" after it need not be in what urlsplit takes for the host.
     if "@" in parts.netloc or (":" in parts.netloc and "@" in url):
         hidden = f"{parts.scheme}://…@{url.rpartition('@')[2]}"

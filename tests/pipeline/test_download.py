@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import logging
+import os
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -300,6 +301,11 @@ def test_a_source_is_checked_before_any_work(tiny: Tiny) -> None:
         (SourceConfig(source="s3://bucket/prefix"), "fashion-mnist is not read from S3; use auto"),
         (SourceConfig(dataset="mine", source="s3://"), "source='s3://': "),
         (SourceConfig(source="http://me:secret@example.org"), "source='http://…@example.org': credentials"),
+        (SourceConfig(source="http://me:sec/ret@example.org"), "source='http://…@example.org': credentials"),
+        (SourceConfig(source="http://[example.org"), "source='http://[example.org': not a URL"),
+        (SourceConfig(dataset="mine", source="s3://b/*.parquet"), "source='s3://b/*.parquet': '*' has"),
+        (SourceConfig(source="a" * 5000), "a': File name too long; use a path that you may read"),
+        (SourceConfig(dataset="mine", source="a" * 5000), "a': File name too long; use a path that you may read"),
         (SourceConfig(dataset="mine", source="s3://me:secret@bucket"), "source='s3://…@bucket': credentials"),
         (SourceConfig(image_size=32), "image_size=32: fashion-mnist has 28x28 pixels; leave it out"),
         (SourceConfig(dataset="mine", source="~no-such-user-here/data"), "no such user; write the path in full"),
@@ -312,6 +318,30 @@ def test_a_mistake_costs_a_line(config: SourceConfig, complaint: str) -> None:
         assert complaint in str(raised.value)
         assert "\n" not in str(raised.value)
         assert "secret" not in str(raised.value)
+
+
+@pytest.mark.parametrize("dataset", ["mine", "mnist"])
+def test_a_folder_that_one_may_not_look_into_costs_a_line(tmp_path: Path, dataset: str) -> None:
+    tmp_path.chmod(0)
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)  # root may look everywhere
+    try:
+        with pytest.raises(ConfigError, match=r"x/y': Permission denied; use a path that you may read$"):
+            check_source(SourceConfig(dataset=dataset, source=f"{tmp_path}/x/y"))
+    finally:
+        os.seteuid(user)
+        tmp_path.chmod(0o700)
+
+
+def test_what_killed_processes_have_left_is_removed_after_a_day(tiny: Tiny) -> None:
+    old, young, other = (cache_folder() / name for name in (".mine-abc_defg", ".mine-01234567", ".kept"))
+    for folder in (old, young, other):
+        (folder / "whole").mkdir(parents=True)
+    for folder in (old, other):
+        os.utime(folder, (0, 0))
+    tiny.fetch(str(tiny.folder))
+    assert [folder.exists() for folder in (old, young, other)] == [False, True, True]
 
 
 def test_only_published_data_is_known_ahead() -> None:

@@ -198,7 +198,7 @@ def test_arrow_reads_and_writes_parquet_in_the_same_place(store: Store) -> None:
         ("gs://bucket/x", "use one of these"),
         ("http://host/x", "use one of these"),
         ("~nobody-of-that-name/x", "write the path in full"),
-        ("s3://[x", "write it without brackets"),
+        ("s3://[x", "check its host and brackets"),
         ("s3://bucket/exp[1]", "use another prefix"),
         ("s3://bucket/run#1", "use another prefix"),
         ("s3://bucket/run?", "use another prefix"),
