@@ -88,7 +88,6 @@ def bring_own(config: SourceConfig, cache: Path) -> Path:
     ):
         found = _find(config, Path(temporary), pool)
         check_no_class_is_empty(found.labels["train"], found.classes, shown(config.source))
-        before = [_stamp(file) for file in found.files]
         made_of = {"files": f"sha256:{_content(found.files, pool)}"}
         conversion = found.conversion | {"order": "train shuffled"}
         if "test" not in found.labels:
@@ -106,8 +105,8 @@ def bring_own(config: SourceConfig, cache: Path) -> Path:
         whole = Path(temporary) / "whole"
         whole.mkdir()
         conversion["skipped"] = _write(found, config, whole)
-        if [_stamp(file) for file in found.files] != before:
-            raise DataError(f"{shown(config.source)}: changed while it was read; let it rest and run again")
+        if any(file.has_changed() for file in found.files):
+            raise _changed(config)
         facts = SourceFacts(
             dataset=config.dataset,
             classes=found.classes,
@@ -216,9 +215,8 @@ def _download(url: str, temporary: Path) -> list[SourceFile]:
     return files
 
 
-def _stamp(file: SourceFile) -> tuple[int, int, int]:
-    found = file.path.stat()
-    return found.st_size, found.st_mtime_ns, found.st_ino
+def _changed(config: SourceConfig) -> DataError:
+    return DataError(f"{shown(config.source)}: changed while it was read; let it rest and run again")
 
 
 def _content(files: list[SourceFile], pool: Executor) -> str:
@@ -262,6 +260,8 @@ def _write(found: Found, config: SourceConfig, whole: Path) -> int:
                 numbers[plan[split].rows] = np.arange(len(plan[split].rows))
             row = 0
             for images, bad in found.batches(source):
+                if row + len(images) > len(labels):
+                    raise _changed(config)
                 for split, numbers in to.items():
                     here = numbers[row : row + len(images)]
                     writers[split].put(images[here >= 0], here[here >= 0])

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +22,18 @@ class SourceFile:
 
     name: str
     path: Path
+    _found: tuple[int, ...] = field(init=False, compare=False)  # before anything of it was read
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_found", self._stamp())
+
+    def has_changed(self) -> bool:
+        """Whether it is another file, or was written to, since it was found."""
+        return self._stamp() != self._found
+
+    def _stamp(self) -> tuple[int, ...]:
+        now = self.path.stat()
+        return now.st_size, now.st_mtime_ns, now.st_ino
 
 
 class Batch(NamedTuple):

@@ -122,6 +122,11 @@ def _read_labels(parts: dict[str, list[SourceFile]], column: str) -> tuple[tuple
         for file in files:
             where = f"{shown(file.name)}, {column}"
             for row, values in _columns(file, column, LABELS_BATCH):
+                try:
+                    values.validate(full=True)
+                except pa.ArrowInvalid as error:
+                    reason = first_line(error)
+                    raise DataError(f"{where}: unreadable from row {row} on ({reason}); store text as UTF-8") from None
                 values = values.dictionary_decode() if pa.types.is_dictionary(values.type) else values
                 if values.null_count:
                     raise DataError(f"{where}: null at row {row + _first(values.is_null())}; give every image a label")
@@ -177,7 +182,7 @@ def _names(schema: pa.Schema, column: str) -> list[str] | None:
     """The classes' names in the metadata that Hugging Face's datasets writes, if they are there and usable."""
     try:
         told = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"][column]["names"]
-    except (KeyError, ValueError, TypeError):
+    except (KeyError, ValueError, TypeError, RecursionError):
         return None
     usable = isinstance(told, list) and all(isinstance(name, str) for name in told) and len(set(told)) == len(told)
     return told if usable and len(told) <= MAX_CLASSES else None

@@ -7,15 +7,18 @@ import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from pipeline import convert
 from pipeline.download import SourceConfig, cache_folder, fetch
 from pipeline.errors import DataError
 from pipeline.idx import Pixels
+from pipeline.own import Found
 from pipeline.source import FACTS, IMAGES, LABELS, Source
 
 if TYPE_CHECKING:
@@ -39,6 +42,15 @@ def own(small_splits: "Splits", tmp_path: Path) -> Path:
         (folder / IMAGES[split]).write_bytes(idx_bytes(images))
         (folder / LABELS[split]).write_bytes(idx_bytes(labels))
     return folder
+
+
+@pytest.fixture
+def table(small_splits: "Splits", tmp_path: Path) -> Path:
+    """Parquet file with the images of the train split and their labels."""
+    images, labels = small_splits["train"]
+    pixels = pa.array([image.tobytes() for image in images], pa.binary(784))
+    pq.write_table(pa.table({"image": pixels, "label": labels}), tmp_path / "own.parquet")
+    return tmp_path / "own.parquet"
 
 
 def expected(images: Pixels, labels: Pixels) -> list[tuple[str, bytes]]:
@@ -145,6 +157,52 @@ def test_data_that_changes_while_it_is_read_is_refused(
 
     monkeypatch.setattr(convert, "_write", meddle)
     assert "changed while it was read; let it rest and run again" in refused(own)
+
+
+def test_a_file_that_grows_while_it_is_read_is_refused(
+    table: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = convert._plan
+
+    def grow_and_plan(*args: Any) -> dict[str, convert.Plan]:
+        grown = pa.concat_tables([pq.read_table(table), pq.read_table(table)])
+        pq.write_table(grown, table)
+        return plan(*args)
+
+    monkeypatch.setattr(convert, "_plan", grow_and_plan)
+    assert refused(table) == f"{table}: changed while it was read; let it rest and run again"
+
+
+def test_a_file_that_changes_after_its_labels_were_read_is_refused(
+    table: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = convert.find_tables
+
+    def find_and_change(*args: Any) -> Found:
+        found = find(*args)
+        whole = pq.read_table(table)
+        pq.write_table(whole.take(np.arange(len(whole))[::-1]), table)
+        return found
+
+    monkeypatch.setattr(convert, "find_tables", find_and_change)
+    assert refused(table) == f"{table}: changed while it was read; let it rest and run again"
+
+
+def test_text_that_is_not_utf_8_is_refused(table: Path, refused: Refused) -> None:
+    whole = pq.read_table(table)
+    words = pa.array([b"a", b"\xff\xfe", *[b"b"] * (len(whole) - 2)])
+    text = pa.StringArray.from_buffers(len(words), *words.buffers()[1:])
+    for labels in (text, text.dictionary_encode()):
+        pq.write_table(whole.set_column(1, "label", labels), table)
+        message = refused(table)
+        assert message.startswith("own.parquet, label: unreadable from row 0 on (")
+        assert message.endswith("Invalid UTF8 sequence at string index 1); store text as UTF-8")
+
+
+def test_metadata_nested_beyond_measure_name_no_classes(table: Path, bring: Bring) -> None:
+    whole = pq.read_table(table).replace_schema_metadata({"huggingface": "[" * 100_000})
+    pq.write_table(whole, table)
+    assert bring(table).facts.classes == tuple("0123456789")
 
 
 def test_a_process_killed_half_way_leaves_nothing_that_is_seen(own: Path, bring: Bring, tmp_path: Path) -> None:
