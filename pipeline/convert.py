@@ -12,7 +12,8 @@ import re
 import shutil
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -60,6 +61,7 @@ ACCEPTED = (
     "a source is a folder with <class>/*.png (or .jpg), alone or in train/ and test/, with *.parquet, or with "
     "train-images-idx3-ubyte and so on; a .parquet file; or s3://bucket/prefix with *.parquet"
 )
+TOLD = 5  # kinds of files that are passed over
 IDX_NAME = re.compile(r"(train|t10k|test)-(images|labels)[-.]idx[13]-ubyte(\.gz)?")
 
 
@@ -88,6 +90,8 @@ def bring_own(config: SourceConfig, cache: Path) -> Path:
     ):
         found = _find(config, Path(temporary), pool)
         check_no_class_is_empty(found.labels["train"], found.classes, shown(config.source))
+        if config.path.is_dir():
+            _tell_passed_over(config, _names_below(config.path), found)
         made_of = {"files": f"sha256:{_content(found.files, pool)}"}
         conversion = found.conversion | {"order": "train shuffled"}
         if "test" not in found.labels:
@@ -127,7 +131,10 @@ def bring_own(config: SourceConfig, cache: Path) -> Path:
 def _find(config: SourceConfig, temporary: Path, pool: Executor) -> Found:
     """Recognise the source by what it holds."""
     if urlsplit(config.source).scheme == "s3":
-        return find_tables(_download(config.source, temporary), config, pool)
+        files = _download(config.source, temporary)
+        found = find_tables(files, config, pool)
+        _tell_passed_over(config, (file.name for file in files), found)
+        return found
     root = config.path
     if root.is_file():
         return find_tables([SourceFile(root.name, root)], config, pool)
@@ -144,6 +151,27 @@ def _find(config: SourceConfig, temporary: Path, pool: Executor) -> Found:
     if True in kinds:
         return find_tables(walk(root, (".parquet",)), config, pool)
     return find_pictures(root, config.image_size, pool)
+
+
+def _names_below(root: Path) -> Iterator[str]:
+    """Names, relative to `root`, of all files that are not hidden."""
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        below = Path(folder).relative_to(root)
+        yield from ((below / name).as_posix() for name in names if not name.startswith("."))
+
+
+def _tell_passed_over(config: SourceConfig, names: Iterable[str], found: Found) -> None:
+    """Say in one line what the source holds that is not used, by kind: a folder for validation, say."""
+    used = {file.name for file in found.files}
+    left: Counter[str] = Counter()
+    for name in map(PurePosixPath, sorted(set(names) - used)):
+        kind = f"*{name.suffix}" if name.suffix else name.name
+        left[kind if len(name.parts) == 1 else f"{name.parts[0]}/{kind}"] += 1
+    if left:
+        kinds = ", ".join(f"{shown(kind)} ({count})" for kind, count in left.most_common(TOLD))
+        more = f", and {len(left) - TOLD} more kinds" if len(left) > TOLD else ""
+        log.info("%s: passed over: %s%s", config.dataset, kinds, more)
 
 
 def _find_idx(files: dict[str, Path], size: int, temporary: Path) -> Found:

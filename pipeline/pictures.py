@@ -13,6 +13,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from pipeline.errors import DataError, first_line
 from pipeline.idx import Pixels
 from pipeline.own import BATCH, Batch, Found, SourceFile, check_classes, shown, walk
+from pipeline.source import SPLITS
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
 FORMATS = ("PNG", "JPEG")  # of what Pillow can read, these alone: fewer decoders that meet strangers' bytes
@@ -76,10 +77,9 @@ def find_pictures(root: Path, size: int, pool: Executor) -> Found:
     Classes are in the order of their names, pictures in that of their paths' bytes. Raises DataError for a class
     without pictures, a class in test alone, and links that lead elsewhere.
     """
-    top = _folders(root)
-    if "test" in top and "train" not in top:
+    parts = _splits(root) or {"train": root}
+    if "train" not in parts:
         raise DataError(f"{shown(str(root))}: has test/ but no train/; name the folder that holds both")
-    parts = {split: root / split for split in ("train", "test") if split in top} or {"train": root}
     classes = tuple(sorted(_folders(parts["train"]), key=os.fsencode))
     where = shown(str(parts["train"]))
     check_classes(classes, where)
@@ -90,7 +90,7 @@ def find_pictures(root: Path, size: int, pool: Executor) -> Found:
         strange = [name for name in _folders(folder) if name not in numbers]
         if strange:
             raise DataError(f"{shown(str(folder))}: class {shown(strange[0])!r} is not in train; add it there")
-        prefix = "" if folder == root else f"{split}/"
+        prefix = "" if folder == root else f"{folder.name}/"
         files[split] = [SourceFile(prefix + file.name, file.path) for file in walk(folder, SUFFIXES)]
         owners = [file.name.removeprefix(prefix).split("/", 1)[0] for file in files[split]]
         loose = [name for name in owners if name not in numbers]
@@ -129,6 +129,16 @@ def _is_light(image: Image.Image) -> bool:
     """Whether what can be seen of an RGBA image is light."""
     seen = np.asarray(image.convert("RGB").convert("L"))[np.asarray(image.getchannel("A")) > MIDDLE]
     return bool(seen.size and np.median(seen) > MIDDLE)
+
+
+def _splits(root: Path) -> dict[str, Path]:
+    """The folders of the splits. Train and TEST count too if they hold folders: otherwise they are classes."""
+    found: dict[str, Path] = {}
+    for name in sorted(_folders(root), reverse=True):  # the small letters first
+        split = name.lower()
+        if split in SPLITS and (name == split or _folders(root / name)):
+            found.setdefault(split, root / name)
+    return found if "train" in found or (root / "test") in found.values() else {}
 
 
 def _folders(root: Path) -> list[str]:

@@ -1,6 +1,7 @@
 """Proves that data of the user's own is recognised, converted once, and never seen half done."""
 
 import gzip
+import logging
 import struct
 import subprocess
 import sys
@@ -203,6 +204,16 @@ def test_metadata_nested_beyond_measure_name_no_classes(table: Path, bring: Brin
     whole = pq.read_table(table).replace_schema_metadata({"huggingface": "[" * 100_000})
     pq.write_table(whole, table)
     assert bring(table).facts.classes == tuple("0123456789")
+
+
+def test_parquet_of_another_split_is_told_of(table: Path, bring: Bring, caplog: pytest.LogCaptureFixture) -> None:
+    folder = table.parent / "table"
+    folder.mkdir()
+    for name in ("train", "test", "validation"):
+        (folder / f"{name}.parquet").write_bytes(table.read_bytes())
+    with caplog.at_level(logging.INFO):
+        bring(folder)
+    assert "mine: passed over: *.parquet (1)" in caplog.messages
 
 
 def test_a_process_killed_half_way_leaves_nothing_that_is_seen(own: Path, bring: Bring, tmp_path: Path) -> None:

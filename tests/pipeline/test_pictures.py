@@ -244,6 +244,33 @@ def test_hidden_and_other_files_are_passed_over(pictures: Path, bring: Bring) ->
     assert bring(pictures) == first
 
 
+def test_what_is_passed_over_is_told(pictures: Path, bring: Bring, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        bring(pictures)
+        assert "passed over" not in caplog.text
+        for name in ("val/a/1.png", "val/b/2.png", "extra/3.png", "train/a/4.webp", "README"):
+            (pictures / name).parent.mkdir(parents=True, exist_ok=True)
+            (pictures / name).write_bytes(b"")
+        bring(pictures)
+    assert "mine: passed over: val/*.png (2), README (1), extra/*.png (1), train/*.webp (1)" in caplog.messages
+
+
+def test_splits_are_told_by_folders_in_capitals_too(pictures: Path, bring: Bring, contents: Contents) -> None:
+    first = bring(pictures)
+    for split in ("train", "test"):
+        (pictures / split).rename(pictures / split.title())
+    second = bring(pictures)
+    assert second.facts.classes == NAMES
+    assert all(contents(second, split) == contents(first, split) for split in ("train", "test"))
+
+
+def test_a_class_may_be_called_train_in_capitals(pictures: Path, bring: Bring) -> None:
+    (pictures / "train" / "b").rename(pictures / "train" / "Train")
+    (pictures / "train" / "c").rename(pictures / "train" / "Test")
+    source = bring(pictures / "train")
+    assert source.facts.classes == ("Test", "Train", "a", *NAMES[3:])
+
+
 def test_pictures_in_folders_below_a_class_count(pictures: Path, bring: Bring, contents: Contents) -> None:
     first = bring(pictures)
     below = pictures / "train" / "a" / "deep" / "er"
