@@ -24,6 +24,7 @@ IMAGES = {"train": "train-images-idx3-ubyte", "test": "t10k-images-idx3-ubyte"}
 LABELS = {"train": "train-labels-idx1-ubyte", "test": "t10k-labels-idx1-ubyte"}
 FILES = [names[split] for split in SPLITS for names in (IMAGES, LABELS)]
 FACTS = "source.json"
+ATTEMPTS = 20  # to put a folder in its place, while other processes do the same
 
 
 class SourceConfig(BaseModel):
@@ -116,12 +117,7 @@ class Source:
 
 def open_source(folder: Path) -> Source:
     """The dataset in `folder`, once all its files have the sha256 they were left with. Raises DataError if not."""
-    try:
-        facts = SourceFacts.model_validate_json((folder / FACTS).read_bytes())
-    except FileNotFoundError:
-        raise DataError(f"{folder}: holds no {FACTS}; fetch the dataset again") from None
-    except ValidationError as error:
-        raise DataError(f"{folder / FACTS}: {first_line(error)}; delete it and fetch again") from None
+    facts = _read_facts(folder)
     for name in FILES:
         try:
             found = file_sha256(folder / name)
@@ -130,6 +126,15 @@ def open_source(folder: Path) -> Source:
         if found != facts.sha256.get(name):
             raise DataError(f"{folder / name}: altered since it was fetched; delete it and fetch again")
     return Source(folder, facts)
+
+
+def _read_facts(folder: Path) -> SourceFacts:
+    try:
+        return SourceFacts.model_validate_json((folder / FACTS).read_bytes())
+    except FileNotFoundError:
+        raise DataError(f"{folder}: holds no {FACTS}; fetch the dataset again") from None
+    except ValidationError as error:
+        raise DataError(f"{folder / FACTS}: {first_line(error)}; delete it and fetch again") from None
 
 
 def file_sha256(file: Path) -> str:
@@ -146,12 +151,18 @@ def write_facts(folder: Path, facts: SourceFacts) -> None:
 
 
 def leave(whole: Path, folder: Path) -> None:
-    """Give the finished folder `whole` its name, in place of what may be there, which goes beside `whole`."""
-    try:
-        whole.rename(folder)
-    except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-            raise
+    """Give the finished folder `whole` its name. What is there stays if it is as good, for others may be reading it;
+    else it goes beside `whole`."""
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            whole.rename(folder)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or attempt == ATTEMPTS:
+                raise
+        else:
+            return
+        with contextlib.suppress(DataError):
+            if open_source(folder).facts == _read_facts(whole):
+                return
         with contextlib.suppress(FileNotFoundError):  # another process was quicker
-            folder.rename(whole.with_name("dropped"))
-        whole.rename(folder)
+            folder.rename(whole.with_name(f"{whole.name}-dropped-{attempt}"))

@@ -1,7 +1,10 @@
 """Proves that a dataset on this machine is opened only as it was left, and that its parameters have bounds."""
 
 import os
+import shutil
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -70,6 +73,40 @@ def test_a_folder_takes_the_place_of_another(tmp_path: Path) -> None:
         leave(whole, tmp_path / "folder")
         assert not whole.exists()
         assert (tmp_path / "folder" / "file").read_text() == str(number)
+
+
+def test_a_good_folder_of_the_same_facts_stays(tiny: Source, tmp_path: Path) -> None:
+    other = tmp_path / "temporary" / "whole"
+    shutil.copytree(tiny.folder, other)
+    before = tiny.folder.stat().st_ino
+    leave(other, tiny.folder)
+    assert tiny.folder.stat().st_ino == before
+    (tiny.folder / FILES[0]).write_bytes(b"torn")
+    leave(other, tiny.folder)
+    assert tiny.folder.stat().st_ino != before
+    assert open_source(tiny.folder) == tiny
+
+
+@pytest.mark.parametrize("before", ["nothing", "good", "torn"])
+def test_of_many_that_finish_the_same_none_fails(tiny: Source, tmp_path: Path, before: str) -> None:
+    together = threading.Barrier(8)
+
+    def finish(number: int) -> None:
+        whole = tmp_path / f"temporary-{number}" / "whole"
+        shutil.copytree(tiny.folder, whole)
+        for folder in range(10):
+            another = shutil.copytree(whole, whole.with_name(str(folder)))
+            together.wait(20)
+            leave(another, tmp_path / f"left-{folder}")
+
+    if before != "nothing":
+        for folder in range(10):
+            shutil.copytree(tiny.folder, tmp_path / f"left-{folder}")
+            if before == "torn":
+                (tmp_path / f"left-{folder}" / FILES[0]).write_bytes(b"torn")
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(finish, range(8)))
+    assert all(open_source(tmp_path / f"left-{folder}").facts == tiny.facts for folder in range(10))
 
 
 @pytest.mark.parametrize(
