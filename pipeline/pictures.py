@@ -1,7 +1,9 @@
 """Pictures, PNG or JPEG, as grey uint8 of one size; and folders of them, one folder for each class."""
 
+import contextlib
 import io
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor
 from pathlib import Path
@@ -18,6 +20,7 @@ from pipeline.source import SPLITS
 SUFFIXES = (".png", ".jpg", ".jpeg")
 FORMATS = ("PNG", "JPEG")  # of what Pillow can read, these alone: fewer decoders that meet strangers' bytes
 MAX_PIXELS = 64 * 10**6
+LARGE = 16 * 10**6  # pixels, which take up to 20 bytes each while they become grey: one such picture at a time
 MIDDLE = 127  # what is brighter is light
 
 # What decode_picture does, for the record.
@@ -26,6 +29,8 @@ CONVERSION: dict[str, str | int | float] = {
     "resize": "bilinear with antialias, height and width each",
     "pillow": PIL.__version__,
 }
+
+_one_large = threading.Lock()
 
 
 def decode_picture(encoded: Path | bytes, size: int) -> Pixels:
@@ -45,8 +50,9 @@ def open_picture(encoded: Path | bytes, lift: bool = False) -> Image.Image:
         with Image.open(io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise DataError(f"{image.width}x{image.height} pixels, more than {MAX_PIXELS}")
-            return _grey(ImageOps.exif_transpose(image), lift)
-    except DataError:
+            with _one_large if image.width * image.height > LARGE else contextlib.nullcontext():
+                return _grey(ImageOps.exif_transpose(image), lift)
+    except (DataError, MemoryError):
         raise
     except UnidentifiedImageError:
         raise DataError("neither PNG nor JPEG") from None
@@ -114,8 +120,10 @@ def find_pictures(root: Path, size: int, pool: Executor) -> Found:
 
 def _grey(image: Image.Image, lift: bool) -> Image.Image:
     if image.mode.startswith("I"):  # 16 bits: Pillow would cut them off at 255
-        wide = np.asarray(image).astype(np.int64).clip(0, 65535)
-        return Image.fromarray(((wide + 128) // 257).astype(np.uint8))
+        wide = np.asarray(image).clip(0, 65535).astype(np.uint32)  # and in place, for it may be large
+        wide += 128
+        wide //= 257
+        return Image.fromarray(wide.astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         ground = "black" if lift and _is_light(image) else "white"
