@@ -182,7 +182,7 @@ def open_store(url: str, field: str = "storage") -> Store:
 def _check_environment() -> None:
     _outage_s()
     for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"):
-        if (endpoint := os.environ.get(name)) and not re.match(r"https?://[^/]", endpoint):
+        if (endpoint := os.environ.get(name)) and not re.match(r"(?i)https?://[^/]", endpoint):
             raise ConfigError(name, endpoint, "no http:// or https:// URL", f"write http://{endpoint}")
 
 
@@ -215,9 +215,19 @@ class PatientS3FileSystem(s3fs.S3FileSystem):  # type: ignore[misc]  # s3fs has 
     # The parent's is bound to the parent's _call_s3.
     call_s3 = fsspec.asyn.sync_wrapper(_call_s3)
 
-    async def _cat_file(self, path: str, **kwargs: Any) -> Any:
-        # The body comes after the call, and may break off by itself.
-        return await _patiently(super()._cat_file, path, **kwargs)
+    async def _cat_file(self, path: str, start: int | None = None, end: int | None = None, **kwargs: Any) -> Any:
+        if start is None and end is None:
+            return await _patiently(self._whole, path)
+        return await super()._cat_file(path, start=start, end=end, **kwargs)
+
+    async def _whole(self, path: str) -> Any:
+        # The parent asks for the size first, and tries again what _call_s3 has tried again.
+        bucket, key, _ = self.split_path(path)
+        answer = await self._call_s3("get_object", Bucket=bucket, Key=key)
+        try:
+            return await answer["Body"].read()
+        finally:
+            answer["Body"].close()
 
 
 async def _patiently(call: Callable[..., Awaitable[Any]], *args: Any, **kwargs: Any) -> Any:
@@ -247,6 +257,7 @@ def _may_pass(error: Exception) -> bool:
         | botocore.exceptions.ConnectTimeoutError
         | botocore.exceptions.ConnectionClosedError
         | botocore.exceptions.ResponseStreamingError
+        | TimeoutError  # of a body; a call that gets no answer is botocore's own, and not worth waiting for
         | aiohttp.ClientPayloadError
         | aiohttp.ClientConnectionError,
     )
@@ -258,6 +269,5 @@ def _s3_filesystem() -> PatientS3FileSystem:
         "read_timeout": S3_READ_TIMEOUT_S,
         "retries": {"mode": "standard", "max_attempts": 1},
     }
-    # Listings are never cached: another process writes to the same bucket (fsspec/s3fs#851). One request at a time for
-    # an object: with more, each is asked for its size before it is read.
-    return PatientS3FileSystem(use_listings_cache=False, config_kwargs=config, max_concurrency=1)
+    # Listings are never cached: another process writes to the same bucket (fsspec/s3fs#851).
+    return PatientS3FileSystem(use_listings_cache=False, config_kwargs=config)

@@ -10,8 +10,9 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from pipeline import storage
 from pipeline.errors import StorageError
-from pipeline.storage import Store
+from pipeline.storage import Store, open_store
 from tests.conftest import refusal
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ class Proxy(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.upstream = urlsplit(upstream).netloc
         self.asked: list[str] = []
+        self.stall_s = 0.0  # before a body breaks off
         self.instead: Callable[[str, str], tuple[int, str | None] | None] = lambda _method, _path: None
 
     def at_first(self, times: int, method: str, status: int, body: str | None) -> None:
@@ -73,6 +75,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(body)
+        if len(body) < int(headers["Content-Length"]):
+            time.sleep(self.server.stall_s)
 
     do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _pass_on  # noqa: N815
 
@@ -135,6 +139,17 @@ def test_a_body_that_breaks_off_is_read_again(proxy: Proxy, behind: Store) -> No
     behind.put("k", b"whole")
     proxy.at_first(5, "GET", 200, None)
     assert behind.read("k") == b"whole"
+
+
+def test_a_body_that_stalls_is_read_again(proxy: Proxy, behind: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    behind.put("k", b"whole")
+    monkeypatch.setattr(storage, "S3_READ_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(proxy, "stall_s", 5)
+    impatient = open_store(behind.url)
+    proxy.at_first(2, "GET", 200, None)
+    started = time.monotonic()
+    assert impatient.read("k") == b"whole"
+    assert time.monotonic() - started < 5
 
 
 def test_a_body_that_always_breaks_off_is_one_line(
