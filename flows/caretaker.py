@@ -31,7 +31,6 @@ from prefect.states import AwaitingRetry
 from flows.train_lenet import name_run
 from pipeline import run
 from pipeline.config import config_of
-from pipeline.errors import PipelineError
 
 log = logging.getLogger(__name__)
 
@@ -69,19 +68,25 @@ def revive(client: SyncPrefectClient, now: datetime) -> list[UUID]:
 def stop_left(client: SyncPrefectClient, now: datetime, seen: set[UUID]) -> list[str]:
     """Stop the jobs of cancelled flow runs, each flow run looked at once and kept in `seen`; the runs that were still
     trained."""
+    training = FlowFilter(name=FlowFilterName(any_=[TRAINING]))
+    cancelled = [found for found in _find(client, StateType.CANCELLED, flows=training) if _settled(found, now)]
+    left = [found for found in cancelled if found.id not in seen]
+    if not left:
+        return []
+    # By whatever command: whoever gave the run id again trains now.
+    begun = _find(client, StateType.PENDING, StateType.RUNNING, flows=training, tagged=False)
+    resumed = {found.parameters.get("run_id") for found in begun}
     stopped = []
-    for found in _find(client, StateType.CANCELLED, FlowFilter(name=FlowFilterName(any_=[TRAINING]))):
-        if found.id in seen or not _settled(found, now):
-            continue
+    for found in left:
+        seen.add(found.id)
         try:
-            config = config_of(found.parameters, run.RunConfig)
-            run_id = name_run(found.parameters, found.expected_start_time, found.id)
-            if run.stop(config, run_id):
+            config = config_of(found.parameters, run.RunConfig)  # Prefect keeps what was given, not the defaults
+            run_id = name_run(config.model_dump(), found.expected_start_time, found.id)
+            if run_id not in resumed and run.stop(config, run_id):
                 log.info("flow run %s was cancelled and run %s still trained: stopped", found.id, run_id)
                 stopped.append(run_id)
-        except PipelineError as error:
+        except Exception as error:  # whatever is wrong with one, the others are looked after
             log.warning("flow run %s was cancelled, and its training cannot be looked for: %s", found.id, error)
-        seen.add(found.id)
     return stopped
 
 
@@ -92,12 +97,14 @@ def _settled(found: FlowRun, now: datetime) -> bool:
     return SETTLED <= now - found.state.timestamp <= FORGOTTEN
 
 
-def _find(client: SyncPrefectClient, state: StateType, flows: FlowFilter | None = None) -> list[FlowRun]:
+def _find(
+    client: SyncPrefectClient, *states: StateType, flows: FlowFilter | None = None, tagged: bool = True
+) -> list[FlowRun]:
     return client.read_flow_runs(
         flow_filter=flows,
         flow_run_filter=FlowRunFilter(
-            tags=FlowRunFilterTags(all_=[TAG]),
-            state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[state])),
+            tags=FlowRunFilterTags(all_=[TAG]) if tagged else None,
+            state=FlowRunFilterState(type=FlowRunFilterStateType(any_=list(states))),
         ),
         sort=FlowRunSort.START_TIME_DESC,
         limit=100,

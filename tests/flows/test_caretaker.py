@@ -1,0 +1,56 @@
+"""Proves on a real Prefect server what the caretaker does about cancelled flow runs, whatever is wrong with one."""
+
+import logging
+from datetime import UTC, datetime
+from typing import Any
+from uuid import UUID, uuid4
+
+import pytest
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.objects import State
+from prefect.states import Cancelled, Running
+
+from flows.caretaker import SETTLED, TAG, stop_left
+from flows.train_lenet import name_run, train_lenet
+from pipeline.run import RunConfig
+from tests.conftest import free_ports
+
+IN_VAIN = "cannot be looked for"
+
+
+def begun(client: SyncPrefectClient, tags: tuple[str, ...], *states: State[Any], **parameters: str) -> UUID:
+    """A flow run that has been through these states; the server knows the parameters that were given, no defaults."""
+    found = client.create_flow_run(train_lenet, parameters=parameters, tags=tags)
+    for state in states:
+        client.set_flow_run_state(found.id, state, force=True)
+    return found.id
+
+
+@pytest.mark.usefixtures("prefect")
+def test_cancelled_flow_runs_are_looked_at_once_each_whatever_is_wrong_with_one_of_them(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    nobody = f"http://127.0.0.1:{free_ports(1)[0]}"  # where no job can be looked for
+    seen: set[UUID] = set()
+    caplog.set_level(logging.WARNING, "flows.caretaker")
+    with get_client(sync_client=True) as client:
+        ended: tuple[State[Any], ...] = (Running(), Cancelled())
+        unnamed = begun(client, (TAG,), *ended, ray_address=nobody)
+        wrong = begun(client, (TAG,), *ended, dataset="no such", ray_address=nobody)
+        resumed = begun(client, (TAG,), *ended, run_id="r", ray_address=nobody)
+        begun(client, (), Running(), run_id="r", ray_address=nobody)
+        settled = datetime.now(UTC) + SETTLED
+        assert stop_left(client, settled, seen) == []
+        assert seen == {unnamed, wrong, resumed}
+        said = [record.getMessage() for record in caplog.records if IN_VAIN in record.getMessage()]
+        assert {found for found in seen if any(str(found) in line for line in said)} == {unnamed, wrong}
+        caplog.clear()
+        stop_left(client, settled, seen)
+        assert IN_VAIN not in caplog.text
+
+
+@pytest.mark.parametrize("recipe", ["modern", "./mine/Tuned on müde.json", f"/{'x' * 99}.json"])
+def test_a_run_without_a_name_gets_one_that_can_be_asked_for_again(recipe: str) -> None:
+    parameters = {"dataset": "d" * 64, "recipe": recipe}
+    run_id = name_run(parameters, datetime.now(UTC), uuid4())
+    assert RunConfig.model_validate({"run_id": run_id}).run_id == run_id
