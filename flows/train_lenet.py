@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import re
 import signal
 from collections.abc import Callable, Iterator
 from datetime import datetime
@@ -141,7 +142,8 @@ def name_run(parameters: dict[str, Any], started: datetime | None, flow_run_id: 
     """The run id asked for, or one that stays the same however often the flow run is taken up again."""
     if asked := parameters.get("run_id"):
         return str(asked)
-    return f"{parameters['dataset']}-{parameters['recipe']}-{started:%Y%m%d-%H%M%S}-{str(flow_run_id)[:8]}"
+    recipe = re.sub(r"[^a-z0-9._-]+", "-", Path(parameters["recipe"]).stem.lower())[:32]  # a file's, perhaps
+    return f"{parameters['dataset']}-{recipe}-{started:%Y%m%d-%H%M%S}-{str(flow_run_id)[:8]}"
 
 
 def _flow_run_name() -> str:

@@ -6,7 +6,7 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, with_config
 
 from lenet.augment import Augment
 from lenet.model import Activation, Pooling
@@ -16,6 +16,8 @@ Hyperparameter = Literal[
     "lr", "global_batch_size", "momentum", "weight_decay", "label_smoothing", "warmup", "averaging",
     "flip", "shift", "rotate", "scale", "erase",
 ]  # fmt: skip
+for _part in (Augment, Recipe):
+    with_config(extra="forbid")(_part)  # a misspelt value in a file is not passed over
 _RECIPE = TypeAdapter(Recipe)
 
 
@@ -26,12 +28,15 @@ def find_recipe(name: str) -> Recipe:
     if not name.endswith(".json"):
         raise ValueError(f"no such recipe; use one of {', '.join(RECIPES)}, or a recipe's .json file")
     try:
-        return _RECIPE.validate_json(Path(name).read_bytes())
+        recipe = _RECIPE.validate_json(Path(name).read_bytes())
+        TrainConfig.model_validate(_flat(recipe))  # which has the bounds
+        return recipe
     except OSError as error:
         raise ValueError(f"the file cannot be read ({error.strerror}); use one that lenet tune wrote") from None
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(map(str, first["loc"])) or "the file"
+        where += f"={first['input']!r}" if isinstance(first["input"], str | int | float) and first["loc"] else ""
         raise ValueError(f"not a recipe ({where}: {first['msg']}); use one that lenet tune wrote") from None
 
 
@@ -45,6 +50,12 @@ def varied(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
     augment = {field.name: values[field.name] for field in fields(Augment) if field.name in values}
     own = {field.name: values[field.name] for field in fields(Recipe) if field.name in values}
     return replace(recipe, **own, augment=replace(recipe.augment, **augment))
+
+
+def _flat(recipe: Recipe) -> dict[str, Any]:
+    """The recipe's values as `TrainConfig` names them."""
+    values = asdict(recipe)
+    return {name: value for name, value in (values | values["augment"]).items() if name in TrainConfig.model_fields}
 
 
 def _known_recipe(name: str) -> str:
@@ -110,6 +121,10 @@ class TrainConfig(BaseModel):
     def resolved(self) -> Recipe:
         """The recipe with the values given here in place of its own."""
         return varied(find_recipe(self.recipe), {name: value for name, value in self if value is not None})
+
+    def spelled_out(self) -> dict[str, Any]:
+        """The recipe's own values as if they had been given: what a name means, or a file, may change one day."""
+        return _flat(self.resolved())
 
 
 class TuneConfig(BaseModel):

@@ -7,7 +7,6 @@ import contextlib
 import importlib.metadata
 import platform
 import subprocess
-from dataclasses import asdict
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -116,10 +115,7 @@ def begin(config: RunConfig, run_id: str) -> RunConfig:
     store = check(config)
     config = config.model_copy(update={"run_id": run_id})
     key = f"{staging(run_id)}/run.json"
-    # The recipe's own values are recorded as if they had been given: what a name means may change one day.
-    recipe = asdict(config.resolved())
-    resolved = {name: value for name, value in (recipe | recipe["augment"]).items() if name in TrainConfig.model_fields}
-    parameters = config.model_dump(mode="json") | resolved
+    parameters = config.model_dump(mode="json") | config.spelled_out()
     record = RunRecord(parameters=parameters, versions=_versions(), lineage=_lineage())
     begun = keep_document(store, key, record)
     _require_same(begun.parameters, record.parameters)
@@ -193,7 +189,8 @@ def train(
         on_now(now)
 
     if config.by_job:
-        parameters = config.model_dump(mode="json")
+        # All values, and not the name: of a file, perhaps, which is not there or another one.
+        parameters = config.model_dump(mode="json", exclude={"recipe"}) | config.spelled_out()
         work = pipeline.jobs.training(store, run_id, parameters, manifest.folder, on_epoch, heard)
         return pipeline.jobs.run_job(str(config.ray_address), work)
     return pipeline.train.fit(store, run_id, manifest, config, config, config, on_epoch, heard)

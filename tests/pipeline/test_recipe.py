@@ -42,11 +42,15 @@ def test_a_recipe_comes_back_from_its_file(tmp_path: Path, recipe: Recipe) -> No
         (b"", "not a recipe (the file: Invalid JSON"),
         (b"[]", "not a recipe (the file: Input should be an object"),
         (json.dumps({"name": "x", "epochs": 1, "lr": 1}).encode(), "not a recipe (global_batch_size: Field required)"),
-        (encode_recipe(varied(RECIPES["seed"], {"activation": "cosine"})), "not a recipe (activation: Input should be"),
+        (encode_recipe(varied(RECIPES["seed"], {"activation": "cosine"})), "not a recipe (activation='cosine': Input"),
         (
             encode_recipe(RECIPES["modern"]).replace(b'"shift": 2', b'"shift": 99'),
             "not a recipe (augment: Value error, ",
         ),
+        (encode_recipe(varied(RECIPES["seed"], {"epochs": 0})), "not a recipe (epochs=0: Input should be greater"),
+        (encode_recipe(varied(RECIPES["seed"], {"lr": -1.0})), "not a recipe (lr=-1.0: Input should be greater"),
+        (encode_recipe(RECIPES["seed"]).replace(b"momentum", b"momentm"), "not a recipe (momentm=0.0: Unexpected"),
+        (encode_recipe(RECIPES["seed"]).replace(b'"flip"', b'"flop"'), "not a recipe (augment.flop=0.0: Unexpected"),
     ],
 )
 def test_a_file_that_is_no_recipe_is_refused(tmp_path: Path, content: bytes, message: str) -> None:

@@ -1,16 +1,20 @@
 """Proves that a run's parameters are checked before any work, and that a run is continued only as it was begun."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from lenet.recipe import RECIPES
 from pipeline import run
 from pipeline.config import config_of as checked
 from pipeline.errors import ConfigError, DataError
+from pipeline.recipe import encode_recipe, varied
 from pipeline.run import RunConfig
+from pipeline.shards import Manifest
 from pipeline.source import Source
-from pipeline.storage import open_store
+from pipeline.storage import Store, open_store
 
 
 def config_of(parameters: dict[str, Any]) -> RunConfig:
@@ -83,6 +87,23 @@ def test_a_run_goes_on_with_other_workers_but_not_with_another_seed(tmp_path: Pa
     run.begin(config_of({"storage": str(tmp_path), "seed": 1, "workers": 1}), "r")
     with pytest.raises(ConfigError, match="^seed=2: run r was begun with 1; keep that, or use another run_id$"):
         run.begin(config_of({"storage": str(tmp_path), "seed": 2}), "r")
+
+
+def test_a_job_has_all_of_a_recipe_whose_file_is_not_where_it_runs(
+    tmp_path: Path, small_manifest: Callable[[Store], Manifest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "mine.json"
+    file.write_bytes(encode_recipe(varied(RECIPES["modern"], {"lr": 0.03, "shift": 1})))
+    given = {"storage": str(tmp_path / "store"), "run_id": "r", "recipe": str(file), "epochs": 5}
+    config = config_of({**given, "ray_address": "http://127.0.0.1:8265"})
+    here = config.resolved()
+    submitted: list[dict[str, Any]] = []
+    monkeypatch.setattr("pipeline.jobs.run_job", lambda address, work: submitted.append(work.asked["parameters"]))
+    run.train(config, small_manifest(open_store(config.storage)))
+    file.unlink()
+    there = config_of(submitted[0])
+    assert varied(there.resolved(), {"name": here.name}) == here
+    assert (there.run_id, there.storage) == ("r", config.storage)
 
 
 def test_the_record_names_the_code_and_the_packages(tmp_path: Path) -> None:
