@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NoReturn, TypeVar
 
 import ray
 import requests
@@ -61,11 +61,26 @@ class Work(Generic[Result]):
     followed: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
 
 
+class Vanished(ClusterError):  # noqa: N818  # as it is told
+    """The head, started again, knows nothing of the job."""
+
+
 class Client(JobSubmissionClient):
-    """Ray's own, which would wait for ever for a head that went away in the middle of an answer."""
+    """Ray's own, which would wait for ever for a head that went away in the middle of an answer. Once connected, all
+    that goes wrong is a ClusterError."""
 
     def _do_request(self, *args: Any, **kwargs: Any) -> Any:
-        return super()._do_request(*args, timeout=(CONNECT_TIMEOUT_S, READ_TIMEOUT_S), **kwargs)
+        try:
+            return super()._do_request(*args, timeout=(CONNECT_TIMEOUT_S, READ_TIMEOUT_S), **kwargs)
+        except (requests.RequestException, AuthenticationError) as error:
+            if self._server_ray_version is None:
+                raise  # `connect` says what it means
+            raise ClusterError(f"{self._address} does not answer: {first_line(error)}") from None
+
+    def _raise_error(self, r: requests.Response) -> NoReturn:
+        said = r.text.strip() or "no reason given"
+        kind = Vanished if "does not exist" in said else ClusterError
+        raise kind(f"{self._address} says {r.status_code}: {said.splitlines()[0]}")
 
 
 def connect(address: str) -> Client:
@@ -122,7 +137,8 @@ def run_job(address: str, work: Work[Result]) -> Result:
     lost = 0
     while (done := work.find()) is None:
         client = connect(address)
-        job = _find(client, work) or _submit(client, work)
+        begun = _find(client, work)
+        job = begun or _submit(client, work)
         log.info("following job %s", job)
         with work.followed(), _stopped_with_us(client, work, job):
             status = _wait(client, work, job)
@@ -132,7 +148,10 @@ def run_job(address: str, work: Work[Result]) -> Result:
                 raise ClusterError(f"ray_address={address!r}: {lost} jobs {work.name} vanished; see the head's log")
             log.warning("the head has forgotten job %s; submitting another", job)
         elif status != JobStatus.SUCCEEDED:
-            raise _error(client, job, status)
+            error = _error(client, job, status)
+            if begun is None or not (status == JobStatus.STOPPED or isinstance(error, Terminated)):
+                raise error
+            log.warning("job %s was being stopped when it was found; submitting another", job)
         elif work.find() is None:
             where = work.metadata["storage"]
             raise TrainingError(f"job {job} ended well and left nothing in {where}; is that the store it uses?")
@@ -179,7 +198,9 @@ def _find(client: Client, work: Work[Any]) -> str | None:
 
 def _submit(client: Client, work: Work[Any]) -> str:
     """A new job. Numbered, so that of two who submit at once one is refused, and follows the other's."""
-    number = 1 + sum(str(found.submission_id).startswith(f"{work.name}-") for found in client.list_jobs())
+    names = [str(found.submission_id).rpartition("-") for found in client.list_jobs()]
+    # Not their count: any of them may have been deleted.
+    number = 1 + max((int(last) for name, _, last in names if name == work.name and last.isdigit()), default=0)
     package = Path(__file__).parents[1]
     try:
         job: str = client.submit_job(
@@ -188,10 +209,10 @@ def _submit(client: Client, work: Work[Any]) -> str:
             runtime_env={"py_modules": [str(package / name) for name in CODE]},
             metadata=work.metadata,
         )
-    except RuntimeError as error:
+    except ClusterError as error:
         if other := _find(client, work):
             return other
-        raise ClusterError(f"job {work.name} was refused: {first_line(error)}") from None
+        raise ClusterError(f"job {work.name} was refused: {error}") from None
     return job
 
 
@@ -204,13 +225,12 @@ def _wait(client: Client, work: Work[Any], job: str) -> JobStatus | None:
         try:
             status = client.get_job_status(job)
             lines = client.get_job_logs(job).splitlines()
-        except (requests.RequestException, RuntimeError) as error:
-            if "does not exist" in str(error):
-                return None
+        except Vanished:
+            return None
+        except ClusterError as error:
             if time.monotonic() - answered > OUTAGE_S:
                 raise ClusterError(
-                    f"the cluster has not answered for {OUTAGE_S} s ({first_line(error)}); the same again goes on once "
-                    "it is back"
+                    f"the cluster has not answered for {OUTAGE_S} s ({error}); the same again goes on once it is back"
                 ) from None
         else:
             answered = time.monotonic()
@@ -239,24 +259,28 @@ def _stopped_with_us(client: Client, work: Work[Any], job: str) -> Iterator[None
         except ClusterError:
             raise
         except BaseException:
-            with contextlib.suppress(requests.RequestException, RuntimeError, PipelineError):
+            with contextlib.suppress(PipelineError):
                 _stop(client, work, job)
             raise
 
 
 def _stop(client: Client, work: Work[Any], job: str) -> None:
     log.warning("stopping job %s", job)
-    if work.ask_stop is not None:
-        work.ask_stop()
-        give_up = time.monotonic() + STOP_S
-        while time.monotonic() < give_up and not client.get_job_status(job).is_terminal():
-            time.sleep(POLL_S / 2)
-    client.stop_job(job)
+    with contextlib.suppress(Vanished):
+        try:
+            if work.ask_stop is not None:
+                work.ask_stop()
+                give_up = time.monotonic() + STOP_S
+                while time.monotonic() < give_up and not client.get_job_status(job).is_terminal():
+                    time.sleep(POLL_S / 2)
+        except StorageError as error:
+            log.warning("job %s cannot be asked to end by itself: %s", job, error)
+        client.stop_job(job)
 
 
 def _error(client: Client, job: str, status: JobStatus) -> BaseException:
     """What the job's last line says was raised there."""
-    with contextlib.suppress(requests.RequestException, RuntimeError):
+    with contextlib.suppress(ClusterError):
         lines = [line for line in client.get_job_logs(job).splitlines() if line.strip()]
         if lines and lines[-1].startswith("{"):
             said = json.loads(lines[-1])
