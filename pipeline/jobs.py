@@ -20,7 +20,7 @@ from typing import Any, Generic, NoReturn, TypeVar
 import ray
 import requests
 from ray.exceptions import AuthenticationError
-from ray.job_submission import JobStatus, JobSubmissionClient
+from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from pipeline import errors
 from pipeline.cluster import ClusterConfig, check_cluster
@@ -189,18 +189,26 @@ def stop(address: str, work: Work[Any]) -> bool:
 
 def _find(client: Client, work: Work[Any]) -> str | None:
     """The job that has not ended."""
-    for found in client.list_jobs():
-        name = str(found.submission_id)
-        if name.startswith(f"{work.name}-") and not found.status.is_terminal():
-            return name
-    return None
+    return _running(_jobs(client, work))
+
+
+def _jobs(client: Client, work: Work[Any]) -> dict[int, JobDetails]:
+    """All jobs of this work that the head knows, by their numbers."""
+    named = [(*str(found.submission_id).rpartition("-"), found) for found in client.list_jobs()]
+    return {int(number): found for name, _, number, found in named if name == work.name and number.isdigit()}
+
+
+def _running(jobs: dict[int, JobDetails]) -> str | None:
+    return next((str(found.submission_id) for found in jobs.values() if not found.status.is_terminal()), None)
 
 
 def _submit(client: Client, work: Work[Any]) -> str:
-    """A new job. Numbered, so that of two who submit at once one is refused, and follows the other's."""
-    names = [str(found.submission_id).rpartition("-") for found in client.list_jobs()]
-    # Not their count: any of them may have been deleted.
-    number = 1 + max((int(last) for name, _, last in names if name == work.name and last.isdigit()), default=0)
+    """A new job, or one that somebody else has submitted meanwhile. Numbered, so that of two who submit at once one is
+    refused, and follows the other's."""
+    jobs = _jobs(client, work)
+    if other := _running(jobs):
+        return other
+    number = 1 + max(jobs, default=0)  # not their count: any of them may have been deleted
     package = Path(__file__).parents[1]
     try:
         job: str = client.submit_job(

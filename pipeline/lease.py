@@ -41,21 +41,30 @@ class Process(BaseModel):
 
     @classmethod
     def current(cls) -> "Process":
-        """This one. Containers of one machine, which number their processes anew, are hosts of their own."""
-        space = Path("/proc/self/ns/pid")
-        host = f"{socket.gethostname()}/{space.stat().st_ino if space.exists() else uuid.getnode()}"
-        return cls(host=host, pid=os.getpid(), started=psutil.Process().create_time())
+        """This one. Containers of one machine, which number their processes anew, are hosts of their own, and so are
+        machines that were cloned with their name."""
+        boot, space = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
+        kernel = f"{boot.read_text().strip()}/{space.stat().st_ino}" if space.exists() else str(uuid.getnode())
+        return cls(host=f"{socket.gethostname()}/{kernel}", pid=os.getpid(), started=_started(os.getpid()))
 
     def is_dead(self) -> bool:
         """True if it is known to have ended; False if it lives, or is of another machine."""
         if self.host != Process.current().host:
             return False
         try:
-            found = psutil.Process(self.pid)
             # Of a process that waits to be buried, too.
-            return bool(found.create_time() != self.started or found.status() == psutil.STATUS_ZOMBIE)
-        except psutil.NoSuchProcess:
+            return _started(self.pid) != self.started or psutil.Process(self.pid).status() == psutil.STATUS_ZOMBIE
+        except (psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):
             return True
+
+
+def _started(pid: int) -> float:
+    """When a process was started: by the kernel's ticks, which a clock that is put right does not change, or else by
+    the clock."""
+    stat = Path(f"/proc/{pid}/stat")
+    if stat.exists():
+        return float(stat.read_text().rpartition(")")[2].split()[19])
+    return float(psutil.Process(pid).create_time())
 
 
 class Lease(BaseModel):
@@ -99,6 +108,10 @@ class Hold:
         """Whether the workers were asked to end, by this process or another."""
         return self._stop or self.lease.stop
 
+    def superseded(self) -> bool:
+        """Whether another process has the lease, as the store says now, before this one's next beat may say so."""
+        return self.lost or self._taken()
+
     def give_back(self) -> None:
         """Let the next one in at once."""
         self._ended.set()
@@ -118,8 +131,8 @@ class Hold:
             try:
                 self.lost = not self._replace(self._next())
                 renewed = time.monotonic()
-            except StorageError as error:
-                log.warning("the lease could not be renewed: %s", error)
+            except Exception as error:  # in a thread that ended, no SIGTERM would be passed on, and the lease expire
+                log.warning("the lease could not be renewed: %r", error)
                 self.lost = time.monotonic() - renewed > EXPIRES_S and self._taken()
             if self.lost:
                 log.error("%s: another process has taken over this run", self.store.locate(self.key))
@@ -142,8 +155,8 @@ class Hold:
     def _taken(self) -> bool:
         try:
             found = read_lease(self.store, self.key)
-        except StorageError:
-            return False  # nobody can have taken what nobody can reach
+        except Exception:
+            return False  # nobody can have taken what nobody can reach, or read
         return found is None or found.token != self.lease.token
 
 
@@ -219,5 +232,6 @@ class Watchman:
     def _watch(self) -> None:
         while self.verdict == "go on":
             time.sleep(BEAT_S)
-            with contextlib.suppress(StorageError):  # a store that cannot be read lets nobody else take over either
+            # A store that cannot be read lets nobody else take over either; and the next look may succeed.
+            with contextlib.suppress(Exception):
                 self.look()

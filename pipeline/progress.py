@@ -12,7 +12,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -133,6 +133,12 @@ def tell_log(logger: logging.Logger, store: Store, folder: str, rank: int) -> No
     logger.addHandler(_LogTeller(store, folder, rank))
 
 
+def tell_epochs(store: Store, folder: str, epochs: Iterable[EpochMetrics]) -> None:
+    """Leave the metrics of these epochs in the run's folder."""
+    for epoch in epochs:
+        store.put(f"{folder}/{PROGRESS}/{epoch.epoch:05d}.json", epoch.model_dump_json().encode())
+
+
 class WriteProgress(ray.train.UserCallback):
     """Runs in Ray Train's controller: leaves each epoch's metrics in the store, where any process can follow them, and
     among Ray's own, for its dashboard and Prometheus."""
@@ -149,7 +155,7 @@ class WriteProgress(ray.train.UserCallback):
         if "step" in metrics[0]:
             return  # the epoch is not over
         epoch = EpochMetrics.model_validate(metrics[0])
-        self.store.put(f"{self.folder}/{PROGRESS}/{epoch.epoch:05d}.json", epoch.model_dump_json().encode())
+        tell_epochs(self.store, self.folder, [epoch])
         for name in GAUGES:
             self._set(name, getattr(epoch, name))
 
@@ -188,10 +194,14 @@ def followed(store: Store, folder: str, on_epoch: OnEpoch, on_now: OnNow) -> Ite
 
     def follow() -> None:
         while not ended.wait(POLL_S):
-            with contextlib.suppress(StorageError):  # the next look may succeed, and training reports its own
+            try:
                 listen()
                 catch_up()
                 look()
+            except StorageError:
+                pass  # the next look may succeed, and training reports its own
+            except Exception as error:
+                log.warning("what the training has left cannot be shown: %r", error)
 
     # Both are called in the caller's context, where Prefect keeps the current task.
     context = contextvars.copy_context()

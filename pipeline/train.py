@@ -14,14 +14,14 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from lenet.model import LeNet, fold_standardise
-from pipeline.checkpoint import History, Position, encode_model, read_state
+from pipeline.checkpoint import FILE_NAME, History, Position, encode_model, read_state
 from pipeline.cluster import ClusterConfig, ray_session
 from pipeline.collective import PATIENCE_S
 from pipeline.documents import find_document, keep_document
-from pipeline.errors import Terminated, TrainingError
+from pipeline.errors import DataError, PipelineError, Terminated, TrainingError
 from pipeline.lease import Hold, held
 from pipeline.loader import LoadConfig, choose_loading
-from pipeline.progress import ENDED, OnEpoch, OnNow, WriteProgress, followed
+from pipeline.progress import ENDED, OnEpoch, OnNow, WriteProgress, followed, tell_epochs
 from pipeline.recipe import TrainConfig
 from pipeline.shards import Manifest
 from pipeline.storage import Store, sha256
@@ -103,6 +103,7 @@ def _train(
     started = time.perf_counter()
     # The workers, wherever they are, then end with a checkpoint.
     with ray_session(cluster) as gpu, on_signal(signal.SIGTERM, hold.ask_stop):
+        start = _take_up(store, staging(run_id))
         job = Job(
             store_url=store.url,
             folder=staging(run_id),
@@ -113,6 +114,7 @@ def _train(
             checkpoint_steps=config.checkpoint_steps,
             checkpoint_seconds=config.checkpoint_seconds,
             lease_token=hold.lease.token,
+            start=start,
         )
         log.info(
             "starting Ray workers: %s, epochs: %d; training images (%.0f MiB) are %s",
@@ -123,9 +125,10 @@ def _train(
         )
         try:
             weights, position = _run_workers(store, run_id, job, cluster, gpu)
-        except TrainingError:
-            if not hold.lost:
-                raise
+        except PipelineError:
+            if hold.superseded():
+                return
+            raise
         ended = _ended(store, run_id) if position.epoch <= job.recipe.epochs else {}
         if hold.lost or "fenced" in ended:
             return
@@ -149,6 +152,30 @@ def _train(
     keep_document(store, f"{staging(run_id)}/training.json", training)
 
 
+def _take_up(store: Store, folder: str) -> str | None:
+    """Key of the newest whole state that any earlier holder of the lease has left, None if there is none.
+
+    Those of other holders go, and whoever follows the run will hear of all epochs before: a holder that was killed may
+    have kept a state and not yet told of its epoch.
+    """
+    states = f"{folder}/{RAY_FOLDER}"
+    found: list[tuple[Position, str]] = []
+    for key in store.keys(states):
+        try:
+            if key.endswith(FILE_NAME):
+                found.append((read_state(store.read(key))[1], key))
+        except DataError as error:
+            log.warning("%s: %s; going back to the one before", store.locate(key), error)
+    if not found:
+        return None
+    position, newest = max(found, key=lambda each: (each[0].epoch, each[0].step))
+    tell_epochs(store, folder, position.history)
+    kept = newest.removeprefix(f"{states}/").partition("/")[0]
+    for name in {key.removeprefix(f"{states}/").partition("/")[0] for key in store.keys(states)} - {kept}:
+        store.delete(f"{states}/{name}")
+    return newest
+
+
 def _run_workers(
     store: Store, run_id: str, job: Job, cluster: ClusterConfig, gpu: bool
 ) -> tuple[dict[str, Tensor], Position]:
@@ -165,9 +192,8 @@ def _run_workers(
             resources_per_worker=cluster.resources(gpu),
         ),
         run_config=ray.train.RunConfig(
-            # The same name and path again make Ray Train go on from the last checkpoint it finds there.
-            name=RAY_FOLDER,
-            storage_path=store.path(staging(run_id)),
+            name=Path(job.checkpoints).name,
+            storage_path=store.path(str(Path(job.checkpoints).parent)),
             storage_filesystem=store.arrow,
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=CHECKPOINTS_KEPT),
             failure_config=ray.train.FailureConfig(max_failures=MAX_FAILURES),
@@ -181,9 +207,8 @@ def _run_workers(
             raise mistake from None
         store.check_writable()  # a store that went away is the likelier cause, and its error says so
         raise TrainingError(f"training failed for good: {cause_of(error)}") from error
-    if checkpoint is None:
-        return {}, Position()
-    return read_state(store.read(job.state_key(Path(checkpoint.path).name)))
+    newest = job.start if checkpoint is None else job.state_key(Path(checkpoint.path).name)
+    return read_state(store.read(newest)) if newest else ({}, Position())
 
 
 def _ended(store: Store, run_id: str) -> dict[str, Any]:

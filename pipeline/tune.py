@@ -57,8 +57,10 @@ def tune(
     Poor ones end early by asynchronous successive halving (Li et al., 2018). The same seed tries the same combinations.
     """
     space: dict[str, Any] = {name: _range(recipe, name) for name in config.vary}
-    train = partial(_train, store_url=store.url, manifest=manifest, recipe=recipe, seed=seed)
     with ray_session(cluster) as gpu, tempfile.TemporaryDirectory(prefix="lenet-") as folder:
+        # Ray hides no GPU from a trial that has none of its own, so the trial could not tell.
+        device = torch.device("cuda" if gpu else "cpu")
+        train = partial(_train, store_url=store.url, manifest=manifest, recipe=recipe, seed=seed, device=device)
         tuner = ray.tune.Tuner(
             ray.tune.with_resources(train, cluster.resources(gpu)),
             param_space=space,
@@ -85,11 +87,17 @@ def tune(
     return Tuned(varied(recipe, {**trials[0].parameters, "name": f"{recipe.name}-tuned"}), trials)
 
 
-def _train(parameters: Mapping[str, float], store_url: str, manifest: Manifest, recipe: Recipe, seed: int) -> None:
+def _train(
+    parameters: Mapping[str, float],
+    store_url: str,
+    manifest: Manifest,
+    recipe: Recipe,
+    seed: int,
+    device: torch.device,
+) -> None:
     """One trial: train in this process alone, and say how good it is after every epoch."""
     keep_memory()
     recipe = varied(recipe, parameters)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     place = Place(open_store(store_url), manifest, "train", seed, recipe.global_batch_size, 0, 1, device)
     model, gradient, optimization = open_learner(recipe, manifest, seed, device, place.steps)
     loader, held_out = ResidentLoader(place), load_share(place, "validation")

@@ -55,7 +55,8 @@ LISTENS_EVERY = {"cuda": 50}
 class Job:
     """All a worker needs to know; the same for every rank.
 
-    `folder` is the run's own in the store, `lease_token` what its lease there has while this training may write.
+    `folder` is the run's own in the store, `lease_token` what its lease there has while this training may write, and
+    `start` the key of the state to go on from, None for none.
     """
 
     store_url: str
@@ -67,11 +68,16 @@ class Job:
     checkpoint_steps: int | None
     checkpoint_seconds: float
     lease_token: int
+    start: str | None
 
     @property
     def checkpoints(self) -> str:
-        """Key of the folder that Ray Train keeps checkpoints in."""
-        return f"{self.folder}/{RAY_FOLDER}"
+        """Key of the folder that Ray Train keeps the checkpoints of this holder of the lease in, and a list of them.
+
+        It would begin with the list it finds: of another holder, perhaps torn as that was killed, or written after it
+        was superseded.
+        """
+        return f"{self.folder}/{RAY_FOLDER}/{self.lease_token}"
 
     def state_key(self, checkpoint: str) -> str:
         """Key of the state in the checkpoint that Ray Train has given this name."""
@@ -155,7 +161,8 @@ def train_worker(config: dict[str, Any]) -> None:
     held_out = load_share(session.place, job.manifest.held_out)
     try:
         while position.epoch <= job.recipe.epochs:
-            train = metrics_of(_train_epoch(session, position))
+            counts, stop = _train_epoch(session, position)
+            train = metrics_of(counts)
             with session.optimization.averaged():
                 test = metrics_of(summed(evaluate_split(session.gradient, held_out)))
             metrics = EpochMetrics(
@@ -171,6 +178,8 @@ def train_worker(config: dict[str, Any]) -> None:
             )
             position = Position(epoch=position.epoch + 1, history=[*position.history, metrics])
             _save(session, position, metrics.model_dump())
+            if stop:
+                raise Ended({"stopped": True})
     except Ended as end:
         ray.train.report(end.report)
     finally:
@@ -233,8 +242,9 @@ def open_learner(
     return model, open_gradient(model, flat, recipe.label_smoothing, recipe.precision == "bfloat16"), optimization
 
 
-def _train_epoch(session: Session, position: Position) -> Tensor:
-    """Train from `position`, which is kept up to date, to the end of its epoch; the epoch's counts over all ranks.
+def _train_epoch(session: Session, position: Position) -> tuple[Tensor, bool]:
+    """Train from `position`, which is kept up to date, to the end of its epoch; the epoch's counts over all ranks, and
+    whether training is to stop after it.
 
     Raises Ended when the loss has become infinite or undefined, before the update (on a GPU, before the next time of
     listening and any checkpoint is past), or when training is to stop.
@@ -244,7 +254,7 @@ def _train_epoch(session: Session, position: Position) -> Tensor:
     # What was counted before the checkpoint counts once, however many ranks there are now.
     counts = torch.tensor(position.counts, dtype=torch.float64, device=place.device) * (place.rank == 0)
     started = time.perf_counter() - position.seconds
-    before = (position.epoch - 1) * place.steps
+    before, wish = (position.epoch - 1) * place.steps, 0
     batches = session.loader.batches(position.epoch, position.step)
     batches = augmented(batches, job.recipe.augment, job.seed, position.epoch)
     for step, batch in enumerate(batches, start=position.step + 1):
@@ -270,7 +280,7 @@ def _train_epoch(session: Session, position: Position) -> Tensor:
                 raise Ended({"stopped": True})
     total = summed(counts)
     position.seconds = time.perf_counter() - started
-    return total
+    return total, bool(wish & STOP)
 
 
 def _blame(place: Place, loss: Tensor) -> list[int]:
@@ -318,19 +328,15 @@ def summed(counts: Tensor) -> Tensor:
 
 
 def _restore(session: Session) -> Position:
-    """Take up the newest whole checkpoint that Ray Train has kept; from the start if there is none."""
-    newest = ray.train.get_checkpoint()
-    if newest is None:
-        return Position()
-    job, store = session.job, session.place.store
-    first = job.state_key(Path(newest.path).name)
-    others = [key for key in store.keys(job.checkpoints) if key.endswith(FILE_NAME) and key < first]
-    for key in [first, *reversed(others)]:
+    """Take up the newest checkpoint since this training began, or else what it began with; if neither is whole or
+    there, the start."""
+    newest, job, store = ray.train.get_checkpoint(), session.job, session.place.store
+    for key in filter(None, (job.state_key(Path(newest.path).name) if newest else None, job.start)):
         try:
             return load_state(store.read(key), session.model, session.optimization)
         except DataError as error:
             log.warning("%s: %s; going back to the one before", store.locate(key), error)
-    raise DataError(f"{store.locate(first)}: no whole checkpoint is left; start the run anew with another run_id")
+    return Position()
 
 
 def _save(session: Session, position: Position, metrics: dict[str, Any]) -> None:

@@ -1,7 +1,6 @@
 """Proves on a real Ray of several nodes that training survives what happens to machines, and that the weights are those
 of a training that nothing happened to."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -9,14 +8,17 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
+import ray.train
 import torch
 from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
 from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 
+import pipeline.train
 from pipeline.checkpoint import FILE_NAME, EpochMetrics, decode_model, read_state
 from pipeline.cluster import ClusterConfig
 from pipeline.errors import ClusterError, ConfigError
@@ -27,8 +29,8 @@ from pipeline.shards import Manifest
 from pipeline.source import Source
 from pipeline.storage import Store, open_store
 from pipeline.train import Training, find_training, fit, staging
-from pipeline.worker import open_learner
-from tests.conftest import wait_for
+from pipeline.worker import Job, open_learner, train_worker
+from tests.conftest import Splits, wait_for
 
 # Long enough to be disturbed, and so gentle that float32's rounding does not grow.
 EPOCHS = 60
@@ -48,8 +50,8 @@ def manifest(store: Store, small_manifest: Callable[[Store], Manifest]) -> Manif
     return small_manifest(store)
 
 
-@pytest.fixture
-def cluster() -> Iterator[Cluster]:
+@pytest.fixture(scope="module")
+def _cluster() -> Iterator[Cluster]:
     """A head without CPUs and two nodes with one each, and this process connected."""
     ray.shutdown()
     cluster = Cluster(
@@ -64,6 +66,13 @@ def cluster() -> Iterator[Cluster]:
     finally:
         ray.shutdown()
         cluster.shutdown()
+
+
+@pytest.fixture
+def cluster(_cluster: Cluster) -> Cluster:
+    """The cluster, as soon as it has two CPUs, whatever has gone of it."""
+    wait_for(lambda: ray.cluster_resources().get("CPU") == 2, 60)  # type: ignore[no-untyped-call]
+    return _cluster
 
 
 @pytest.fixture(scope="module")
@@ -113,9 +122,29 @@ def positions(store: Store, run_id: str) -> list[tuple[int, int]]:
     return [(position.epoch, position.step) for position in found]
 
 
-def test_a_node_killed_in_mid_training_changes_nothing(
-    store: Store, manifest: Manifest, undisturbed: Undisturbed, cluster: Cluster
+def test_more_workers_than_there_is_room_for_are_refused_at_once(
+    store: Store, manifest: Manifest, cluster: Cluster
 ) -> None:
+    started = time.monotonic()
+    with pytest.raises((ConfigError, ClusterError), match=r"^workers=\S+: Ray has room for 2 on 2 CPUs"):
+        fit(store, "crowded", manifest, RUN, ClusterConfig(workers=3, gpu="no", ray_address="auto"), LoadConfig())
+    assert time.monotonic() - started < 30
+
+
+def finding_its_checkpoint_torn(config: dict[str, Any]) -> None:
+    """The worker; when it has been started again, the checkpoint to go on from is torn."""
+    job: Job = config["job"]
+    if newest := ray.train.get_checkpoint():
+        Path(open_store(job.store_url).path(job.state_key(Path(newest.path).name))).write_bytes(b"")
+    train_worker(config)
+
+
+def test_a_node_killed_in_mid_training_changes_nothing_nor_does_a_checkpoint_torn_meanwhile(
+    store: Store, manifest: Manifest, undisturbed: Undisturbed, cluster: Cluster, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(pipeline.train, "train_worker", finding_its_checkpoint_torn)
+
     def kill_one() -> None:
         cluster.add_node(num_cpus=1)
         # The second of the list: the first is the head, and it is the workers' nodes that fail.
@@ -125,12 +154,14 @@ def test_a_node_killed_in_mid_training_changes_nothing(
     training = fit(store, "node-killed", manifest, RUN, TWO_ON_A_CLUSTER, LoadConfig(), on_epoch)
     [killed] = acted
     killed.result()
+    assert "going back to the one before" in caplog.text
     assert_same(store, training, undisturbed(manifest, store, RUN), EPOCHS)
 
 
 def test_a_node_about_to_go_is_left_with_a_checkpoint(
-    store: Store, fashion_mnist: Source, undisturbed: Undisturbed, cluster: Cluster, caplog: pytest.LogCaptureFixture
-) -> None:
+    tmp_path: Path, full_splits: Splits, make_source: Callable[[Path, Splits], Source], undisturbed: Undisturbed,
+    cluster: Cluster, caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
     """What a cloud does with a spot machine: a notice, and soon after the end."""
     seen: list[tuple[int, int]] = []
 
@@ -146,8 +177,10 @@ def test_a_node_about_to_go_is_left_with_a_checkpoint(
             time.sleep(0.05)
 
     # Epochs of four seconds or more, so that there are checkpoints in the middle of them.
-    manifest = write_shards(store, fashion_mnist, ShardConfig())
-    config = TrainConfig(epochs=3, global_batch_size=16, lr=0.1)
+    store = open_store(str(tmp_path / "store"))
+    splits = {split: (images[:6000], labels[:6000]) for split, (images, labels) in full_splits.items()}
+    manifest = write_shards(store, make_source(tmp_path / "source", splits), ShardConfig())
+    config = TrainConfig(epochs=3, global_batch_size=2, lr=0.001)
     on_epoch, acted = once_after(1, drain_one)
     training = fit(store, "drained", manifest, config, TWO_ON_A_CLUSTER, LoadConfig(), on_epoch)
     acted[0].result()
@@ -175,15 +208,6 @@ def test_a_range_of_workers_starts_with_those_there_is_room_for_and_grows(
     assert (sizes[0], training.history[-1].world_size) == (2, 3)
     assert sizes == sorted(sizes)
     assert_same(store, training, undisturbed(manifest, store, config), 150)
-
-
-def test_more_workers_than_there_is_room_for_are_refused_at_once(
-    store: Store, manifest: Manifest, cluster: Cluster
-) -> None:
-    started = time.monotonic()
-    with pytest.raises((ConfigError, ClusterError), match=r"^workers=\S+: Ray has room for 2 on 2 CPUs"):
-        fit(store, "crowded", manifest, RUN, ClusterConfig(workers=3, gpu="no", ray_address="auto"), LoadConfig())
-    assert time.monotonic() - started < 30
 
 
 DRIVER = """
@@ -222,20 +246,3 @@ def test_sigterm_ends_training_with_a_checkpoint_in_mid_epoch(
     assert 0 < step < 600
     training = fit(store, "terminated", manifest, config, ClusterConfig(workers=1, gpu="no"), LoadConfig())
     assert_same(store, training, undisturbed(manifest, store, config), 12)
-
-
-def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
-    store: Store, manifest: Manifest, undisturbed: Undisturbed
-) -> None:
-    driver = start_driver(store, "damaged", manifest, RUN)
-    wait_for(lambda: store.exists(f"{staging('damaged')}/progress/00010.json"), 300)
-    os.kill(driver.pid, signal.SIGKILL)
-    driver.communicate()
-    keys = sorted(key for key in store.keys(f"{staging('damaged')}/ray") if key.endswith(FILE_NAME))
-    assert len(keys) >= 2
-    newest = Path(store.path(keys[-1]))
-    data = bytearray(newest.read_bytes())
-    data[len(data) // 2] ^= 1
-    newest.write_bytes(data)
-    training = fit(store, "damaged", manifest, RUN, ClusterConfig(workers=2, gpu="no"), LoadConfig())
-    assert_same(store, training, undisturbed(manifest, store, RUN), EPOCHS)

@@ -8,7 +8,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
+import psutil
 import pytest
 
 from pipeline import lease
@@ -159,3 +161,27 @@ def test_anybody_can_ask_for_the_end_and_the_holder_keeps_its_lease(store: Store
     with held(store, KEY, never) as hold:  # the next holder was not asked
         assert hold is not None
         assert not hold.stop_asked
+
+
+def test_a_lease_that_cannot_be_read_for_a_moment_is_renewed_and_looked_at_again(local_store: Store) -> None:
+    with held(local_store, KEY, never) as hold:
+        assert hold is not None
+        watchman = Watchman(local_store, KEY, 1)
+        local_store.put(KEY, b"torn")
+        time.sleep(0.5)
+        whole = hold.lease
+        local_store.put(KEY, whole.encode())
+        wait_until(lambda: hold.lease.beat > whole.beat)
+        hold.ask_stop()
+        wait_until(lambda: watchman.verdict == "stop")
+        assert not hold.lost
+
+
+def test_a_process_is_known_by_more_than_its_number_and_whatever_the_clock_says(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(psutil.Process, "create_time", lambda self: time.time())  # a clock that is being put right
+    me = Process.current()
+    assert not me.is_dead()
+    assert me.model_copy(update={"started": me.started - 1}).is_dead()
+    assert Path("/proc/sys/kernel/random/boot_id").read_text().strip() in me.host

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import psutil
@@ -23,19 +23,20 @@ import pipeline.train
 import pipeline.worker
 from lenet.recipe import RECIPES
 from lenet.step import evaluate_step, metrics_of
-from pipeline.checkpoint import FILE_NAME, EpochMetrics, decode_model
+from pipeline.checkpoint import FILE_NAME, EpochMetrics, decode_model, read_state
 from pipeline.cluster import ClusterConfig
-from pipeline.errors import DataError, TrainingError
+from pipeline.errors import DataError, Terminated, TrainingError
 from pipeline.idx import Pixels
-from pipeline.loader import LoadConfig
+from pipeline.lease import Lease, ask_to_stop, read_lease
+from pipeline.loader import LoadConfig, Loading, Place
 from pipeline.order import permutation
 from pipeline.recipe import TrainConfig
 from pipeline.sharding import ShardConfig, write_shards
-from pipeline.shards import Manifest
+from pipeline.shards import Manifest, read_rows
 from pipeline.source import Source
 from pipeline.storage import Store, open_store
-from pipeline.train import find_training, fit, staging
-from pipeline.worker import train_worker
+from pipeline.train import Training, find_training, fit, staging
+from pipeline.worker import Job, Watch, lease_key, train_worker
 from tests.conftest import processes_with, refusal, wait_for
 
 Splits = dict[str, tuple[Pixels, Pixels]]
@@ -125,39 +126,75 @@ def full_store(tmp_path_factory: pytest.TempPathFactory, fashion_mnist: Source) 
     return store, write_shards(store, fashion_mnist, ShardConfig())
 
 
-@pytest.mark.parametrize(("loading", "worlds"), [("streaming", (1, 2, 4)), ("resident", (1, 3))])
+def looked_at_slowly(config: dict[str, Any]) -> None:
+    """The worker, in a process that Ray Train finds running, or not, a while after it has asked for a report."""
+    is_running = ThreadRunner.is_running
+
+    def late(runner: ThreadRunner) -> bool:
+        time.sleep(1)
+        return is_running(runner)
+
+    ThreadRunner.is_running = late  # type: ignore[method-assign]
+    train_worker(config)
+
+
 def test_one_to_four_workers_agree_after_an_epoch_of_all_60000_images_and_so_do_two_then_one_then_three(
-    full_store: tuple[Store, Manifest], loading: Literal["resident", "streaming"], worlds: tuple[int, ...]
+    full_store: tuple[Store, Manifest], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """In mid-epoch, twice, the process that trains is killed, and another goes on with other workers: with streamed
-    images here, with resident ones in test_faults."""
+    """In mid-epoch, twice, the process that trains is killed, and another goes on with other workers, the second time
+    from the checkpoint before the newest, which is damaged. And a worker that ends right after its last report, an
+    epoch longer than a look, is heard."""
     store, manifest = full_store
-    load = LoadConfig(loading=loading)
     config = TrainConfig(epochs=1, shift=1, checkpoint_steps=20)
-    trainings = {
-        workers: fit(store, f"{loading}-{workers}", manifest, config, ClusterConfig(workers=workers, gpu="no"), load)
-        for workers in worlds
-    }
-    if loading == "streaming":
-        for workers, checkpoints in ((2, 1), (1, 3)):
-            kill_in_mid_epoch(store, "streaming-0", manifest, workers, checkpoints)
-        trainings[0] = fit(store, "streaming-0", manifest, config, ClusterConfig(workers=3, gpu="no"), load)
-        # A local Ray goes with its driver; but a process that was being started waits a minute for its server.
-        wait_for(lambda: not processes_with("LENET_TEST", "streaming-0"), 180)
-    one = weights(store, f"{loading}-1")
-    for name in trainings:
-        assert_close(weights(store, f"{loading}-{name}"), one)
-    for training in trainings.values():
+
+    def train(run_id: str, loading: Loading, workers: int) -> Training:
+        load, cluster = LoadConfig(loading=loading), ClusterConfig(workers=workers, gpu="no")
+        return fit(store, run_id, manifest, config, cluster, load)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(pipeline.train, "train_worker", looked_at_slowly)
+        one = train("streaming-1", "streaming", 1)
+    trainings = {"streaming-1": one}
+    others: list[tuple[Loading, int]] = [("streaming", 4), ("resident", 2), ("resident", 3)]
+    for loading, workers in others:
+        trainings[f"{loading}-{workers}"] = train(f"{loading}-{workers}", loading, workers)
+    for workers, checkpoints in ((2, 1), (1, 3)):
+        kill_in_mid_epoch(store, "killed", manifest, workers, checkpoints)
+    before = damage_the_newest(store, "killed")
+    trainings["killed"] = train("killed", "streaming", 3)
+    said = [record.getMessage() for record in caplog.records]
+    assert [line for line in said if line.endswith("; going back to the one before")]
+    assert [line for line in said if line.startswith("rank 0: on ") and line.endswith(f" epoch 1, step {before + 1}")]
+    # A local Ray goes with its driver; but a process that was being started waits a minute for its server.
+    wait_for(lambda: not processes_with("LENET_TEST", "killed"), 180)
+    for run_id, training in trainings.items():
+        assert_close(weights(store, run_id), weights(store, "streaming-1"))
         (epoch,) = training.history
-        assert epoch.train_loss == pytest.approx(trainings[1].history[0].train_loss, rel=1e-6)
-        assert epoch.train_accuracy == pytest.approx(trainings[1].history[0].train_accuracy, abs=2e-4)
+        assert epoch.train_loss == pytest.approx(one.history[0].train_loss, rel=1e-6)
+        assert epoch.train_accuracy == pytest.approx(one.history[0].train_accuracy, abs=2e-4)
+
+
+def states(store: Store, run_id: str) -> dict[str, int]:
+    """Key of each state that a run's checkpoints hold, and its step."""
+    keys = [key for key in store.keys(f"{staging(run_id)}/ray") if key.endswith(FILE_NAME)]
+    return {key: read_state(store.read(key))[1].step for key in keys}
+
+
+def damage_the_newest(store: Store, run_id: str) -> int:
+    """Flip a bit in the newest of a run's states, all of one epoch; the step of the one before."""
+    *_, (before, _), (_, newest) = sorted((step, key) for key, step in states(store, run_id).items())
+    data = bytearray(store.read(newest))
+    data[len(data) // 2] ^= 1
+    Path(store.path(newest)).write_bytes(data)
+    return before
 
 
 def kill_in_mid_epoch(store: Store, run_id: str, manifest: Manifest, workers: int, checkpoints: int) -> None:
     """Start a streaming training in a process of its own, and SIGKILL it when the run has had so many checkpoints."""
     script = f"""
 from pipeline.cluster import ClusterConfig
-from pipeline.loader import LoadConfig
+from pipeline.lease import Lease, ask_to_stop, read_lease
+from pipeline.loader import LoadConfig, Loading, Place
 from pipeline.shards import require_manifest
 from pipeline.storage import open_store
 from pipeline.recipe import TrainConfig
@@ -172,7 +209,7 @@ fit(store, {run_id!r}, manifest, TrainConfig(epochs=1, shift=1, checkpoint_steps
 
     def written() -> bool:
         # Two are kept, so they are counted as they appear; a new attempt's names do not repeat the old ones.
-        seen.update(key.split("/")[3] for key in store.keys(f"{staging(run_id)}/ray") if "/checkpoint_" in key)
+        seen.update(key for key in store.keys(f"{staging(run_id)}/ray") if key.endswith(FILE_NAME))
         return len(seen) >= checkpoints
 
     wait_for(written, 120)
@@ -185,17 +222,10 @@ fit(store, {run_id!r}, manifest, TrainConfig(epochs=1, shift=1, checkpoint_steps
 def test_more_workers_than_images_in_the_last_batch_agree_too(
     small_store: Store, manifest: Manifest, small_splits: Splits
 ) -> None:
-    # 600 = 4 * 149 + 4 + ... : batches of 299 leave a last one of 2 images for 3 workers, so one worker has none.
-    config = TrainConfig(epochs=2, global_batch_size=299, lr=0.5, seed=1)
-    fit(small_store, "starved", manifest, config, ClusterConfig(workers=3, gpu="no"), LoadConfig())
+    # Of 600, batches of 599 leave a last one of 1 image for 2 workers, so one worker has none.
+    config = TrainConfig(epochs=2, global_batch_size=599, lr=0.5, seed=1)
+    fit(small_store, "starved", manifest, config, ClusterConfig(workers=2, gpu="no"), LoadConfig())
     assert_close(weights(small_store, "starved"), plain_training(*small_splits["train"], config)[0])
-
-
-def test_the_same_run_again_gives_the_same_bytes(small_store: Store, manifest: Manifest, undisturbed: Weights) -> None:
-    again = fit(small_store, "again", manifest, SMALL_RUN, ClusterConfig(workers=2, gpu="no"), LoadConfig())
-    first = find_training(small_store, "undisturbed")
-    assert first is not None
-    assert again.candidate_sha256 == first.candidate_sha256
 
 
 def test_a_finished_training_is_not_repeated(small_store: Store, manifest: Manifest, undisturbed: Weights) -> None:
@@ -204,7 +234,7 @@ def test_a_finished_training_is_not_repeated(small_store: Store, manifest: Manif
     assert time.perf_counter() - started < 1
 
 
-def test_a_worker_killed_in_epoch_2_is_told_of_and_changes_nothing(
+def test_a_worker_killed_in_epoch_2_is_told_of_and_changes_no_byte(
     small_store: Store, manifest: Manifest, undisturbed: Weights, caplog: pytest.LogCaptureFixture
 ) -> None:
     killed: list[int] = []
@@ -226,50 +256,65 @@ def test_a_worker_killed_in_epoch_2_is_told_of_and_changes_nothing(
     assert [epoch.epoch for epoch in training.history] == list(range(1, 13))
     for name, value in weights(small_store, "worker-killed").items():
         assert torch.equal(value, undisturbed[name]), name
+    first = find_training(small_store, "undisturbed")
+    assert first is not None
+    assert training.candidate_sha256 == first.candidate_sha256
 
 
-def looked_at_slowly(config: dict[str, Any]) -> None:
-    """The worker, in a process that Ray Train finds running, or not, a while after it has asked for a report."""
-    is_running = ThreadRunner.is_running
-
-    def late(runner: ThreadRunner) -> bool:
-        time.sleep(1)
-        return is_running(runner)
-
-    ThreadRunner.is_running = late  # type: ignore[method-assign]
-    train_worker(config)
-
-
-def test_a_worker_that_ends_right_after_its_last_report_is_heard(
-    full_store: tuple[Store, Manifest], monkeypatch: pytest.MonkeyPatch
+def test_standardised_training_gives_a_model_for_plain_pixels_and_looks_at_no_test_images(
+    tmp_path: Path, small_source: Source
 ) -> None:
-    monkeypatch.setattr(pipeline.train, "train_worker", looked_at_slowly)
-    config = TrainConfig(epochs=2)  # each longer than a look
-    training = fit(full_store[0], "late", full_store[1], config, ClusterConfig(workers=1, gpu="no"), LoadConfig())
-    assert [epoch.epoch for epoch in training.history] == [1, 2]
-
-
-def test_standardised_training_gives_a_model_for_plain_pixels(
-    small_store: Store, manifest: Manifest, small_splits: Splits
-) -> None:
-    config = SMALL_RUN.model_copy(update={"standardise": True, "epochs": 3})
-    training = fit(small_store, "standard", manifest, config, ClusterConfig(workers=1, gpu="no"), LoadConfig())
-    model = decode_model(small_store.read(training.candidate))
-    images, labels = (torch.from_numpy(array) for array in small_splits["test"])
-    found = metrics_of(evaluate_step(model, images, labels))
-    assert found.loss == pytest.approx(training.history[-1].held_out_loss, rel=1e-5)
-    pixels = small_splits["train"][0] / 255
-    assert (manifest.report.pixel_mean, manifest.report.pixel_std) == pytest.approx((pixels.mean(), pixels.std()))
-
-
-def test_with_a_validation_split_the_test_images_are_not_looked_at(tmp_path: Path, small_source: Source) -> None:
     store = open_store(str(tmp_path))
     manifest = write_shards(store, small_source, ShardConfig(validation_fraction=0.2))
     for shard in manifest.splits["test"]:
         store.delete(f"{manifest.folder}/{shard.name}")
-    config = SMALL_RUN.model_copy(update={"epochs": 2})
-    training = fit(store, "r", manifest, config, ClusterConfig(workers=2, gpu="no"), LoadConfig())
+    config = SMALL_RUN.model_copy(update={"standardise": True, "epochs": 3})
+    training = fit(store, "standard", manifest, config, ClusterConfig(workers=1, gpu="no"), LoadConfig())
     assert {epoch.held_out for epoch in training.history} == {"validation"}
+    model = decode_model(store.read(training.candidate))
+    images, labels = read_rows(store, manifest, "validation", 0, manifest.rows("validation"))
+    found = metrics_of(evaluate_step(model, torch.from_numpy(images), torch.from_numpy(labels)))
+    assert found.loss == pytest.approx(training.history[-1].held_out_loss, rel=1e-5)
+    pixels = read_rows(store, manifest, "train", 0, manifest.rows("train"))[0] / 255
+    assert (manifest.report.pixel_mean, manifest.report.pixel_std) == pytest.approx((pixels.mean(), pixels.std()))
+
+
+def test_a_training_that_was_superseded_follows_and_takes_over_again(
+    small_store: Store, manifest: Manifest, undisturbed: Weights
+) -> None:
+    """Its next checkpoint is refused before its own next beat finds out."""
+    key, folder = lease_key(staging("superseded")), staging("superseded")
+    one = f"{folder}/progress/00001.json"
+
+    def take_over(epoch: EpochMetrics) -> None:
+        lease = read_lease(small_store, key)
+        assert lease is not None
+        if lease.token == 1:  # by one who then gives up, and had not told of an epoch whose state it kept
+            small_store.put(key, Lease(token=2, holder=None).encode())
+            small_store.delete(one)
+
+    training = fit(
+        small_store, "superseded", manifest, SMALL_RUN, ClusterConfig(workers=1, gpu="no"), LoadConfig(), take_over
+    )
+    assert [epoch.epoch for epoch in training.history] == list(range(1, 13))
+    assert_close(weights(small_store, "superseded"), undisturbed)
+    assert small_store.exists(one)
+    # Of the first holder, what the third began with; of the second nothing.
+    assert {key.split("/")[3] for key in states(small_store, "superseded")} == {"1", "3"}
+
+
+def test_asked_to_stop_a_training_of_one_step_an_epoch_ends_with_a_checkpoint(
+    small_store: Store, manifest: Manifest
+) -> None:
+    config = SMALL_RUN.model_copy(update={"global_batch_size": 600, "epochs": 500})
+
+    def ask(epoch: EpochMetrics) -> None:
+        if epoch.epoch == 1:
+            ask_to_stop(small_store, lease_key(staging("one-step")))
+
+    with pytest.raises(Terminated):
+        fit(small_store, "one-step", manifest, config, ClusterConfig(workers=1, gpu="no"), LoadConfig(), ask)
+    assert states(small_store, "one-step")
 
 
 def test_a_damaged_shard_that_a_worker_comes_upon_is_told_and_not_come_upon_again(
@@ -280,7 +325,7 @@ def test_a_damaged_shard_that_a_worker_comes_upon_is_told_and_not_come_upon_agai
     shard = f"{manifest.folder}/{manifest.splits['train'][0].name}"
     (tmp_path / shard).write_bytes(store.read(shard)[::-1])
     told = refusal(
-        lambda: fit(store, "r", manifest, SMALL_RUN, ClusterConfig(workers=2, gpu="no"), LoadConfig()), DataError
+        lambda: fit(store, "r", manifest, SMALL_RUN, ClusterConfig(workers=1, gpu="no"), LoadConfig()), DataError
     )
     assert told.startswith(store.locate(shard))
     assert "start again" not in caplog.text
@@ -293,24 +338,38 @@ def listening_now_and_then(config: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("worker", "checkpoint_steps", "step"),
-    [(train_worker, None, 2), (train_worker, 4, 2), (listening_now_and_then, None, 10), (listening_now_and_then, 4, 4)],
+    ("worker", "checkpoint_steps", "step", "workers", "ranks"),
+    [(train_worker, None, 2, 2, "0, 1"), (listening_now_and_then, 4, 4, 1, "0")],
 )
 def test_a_loss_that_explodes_is_named_and_its_weights_are_not_kept(
     small_store: Store, manifest: Manifest, worker: Callable[[dict[str, Any]], None], checkpoint_steps: int | None,
-    step: int, monkeypatch: pytest.MonkeyPatch,
+    step: int, workers: int, ranks: str, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(pipeline.train, "train_worker", worker)
     config = SMALL_RUN.model_copy(update={"lr": 1e38, "checkpoint_steps": checkpoint_steps})
-    run_id = f"exploded-{worker.__name__}-{checkpoint_steps}"
+    run_id = f"exploded-{worker.__name__}"
     with pytest.raises(TrainingError) as raised:
-        fit(small_store, run_id, manifest, config, ClusterConfig(workers=2, gpu="no"), LoadConfig())
+        fit(small_store, run_id, manifest, config, ClusterConfig(workers=workers, gpu="no"), LoadConfig())
     assert str(raised.value) == (
-        f"the loss became infinite or undefined at step {step} of epoch 1 on rank 0, 1 with lr=1e+38; "
+        f"the loss became infinite or undefined at step {step} of epoch 1 on rank {ranks} with lr=1e+38; "
         "the last good checkpoint is none; lower lr"
     )
     assert find_training(small_store, run_id) is None
     assert not [key for key in small_store.keys(staging(run_id)) if key.endswith(FILE_NAME)]
+
+
+@pytest.mark.parametrize(
+    ("every", "checkpoint_steps", "heard"), [(50, None, [10]), (50, 4, [4, 8, 10]), (7, 4, [4, 7, 8, 10])]
+)
+def test_ranks_listen_now_and_then_before_a_checkpoint_and_at_the_end_of_an_epoch(
+    small_store: Store, manifest: Manifest, every: int, checkpoint_steps: int | None, heard: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setitem(pipeline.worker.LISTENS_EVERY, "cpu", every)
+    place = Place(small_store, manifest, "train", 0, 64, rank=1, world_size=2, device=torch.device("cpu"))
+    job = Job(small_store.url, staging("r"), manifest, RECIPES["seed"], 0, "resident", checkpoint_steps, 60, 1, None)
+    watch = Watch(job, place)
+    assert [step for step in range(1, place.steps + 1) if watch.listens(step)] == heard
 
 
 def ray_processes(kind: str) -> list[psutil.Process]:
