@@ -39,8 +39,8 @@ def open_sum(size: int, device: torch.device, world_size: int, one_host: bool) -
         return own_sum
     # The flags rely on stores being seen in the order they were made, as x86-64 guarantees and others do not.
     orderly = platform.machine() in {"x86_64", "AMD64"} and SHARED_MEMORY.is_dir()
-    if one_host and orderly and device.type == "cpu":
-        return SharedSum(size)
+    if one_host and orderly and device.type == "cpu" and (shared := SharedSum(size)).opened:
+        return shared
     return BackendSum(size, device)
 
 
@@ -65,16 +65,19 @@ class BackendSum:
 class SharedSum:
     """Two rows of slots, one slot for each rank, and a flag for each that says how many sums it has given its part to.
 
-    The rows take turns: who has seen all flags of a turn knows that all have done with the turn before.
+    The rows take turns: who has seen all flags of a turn knows that all have done with the turn before. `opened` is
+    false, at every rank, where their memory is not shared after all: of containers that have their host's address.
     """
 
     def __init__(self, size: int) -> None:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         header, slots = self.world_size * CACHE_LINE, 2 * self.world_size * (size + 1) * 4
         memory = self._open(header + slots)
+        self.opened, self.turns = memory is not None, 0
+        if memory is None:
+            return
         self.flags = memory[:header].view(torch.int64).view(self.world_size, -1)[:, 0].numpy()
         self.slots = memory[header:].view(torch.float32).view(2, self.world_size, size + 1)
-        self.turns = 0
 
     def __call__(self, tensor: Tensor, word: Tensor) -> Tensor:
         """Raises RuntimeError when a rank has not come within PATIENCE_S."""
@@ -94,8 +97,9 @@ class SharedSum:
         torch.sum(row[:, :-1], dim=0, out=tensor)
         return row[:, -1].sum()
 
-    def _open(self, size: int) -> Tensor:
-        """The same zeroed bytes in every rank, uint8 (size,). The file is gone as soon as all have it open."""
+    def _open(self, size: int) -> Tensor | None:
+        """The same zeroed bytes in every rank, uint8 (size,), or None in every rank. The file is gone as soon as all
+        have it open."""
         path = [""]
         if self.rank == 0:
             descriptor, path[0] = tempfile.mkstemp(prefix="lenet-", dir=SHARED_MEMORY)
@@ -103,6 +107,10 @@ class SharedSum:
             os.close(descriptor)
         try:
             dist.broadcast_object_list(path)
+            there = torch.tensor(int(Path(path[0]).exists()))  # by a name that was made up
+            dist.all_reduce(there, dist.ReduceOp.MIN)
+            if not there:
+                return None
             memory = torch.from_file(path[0], shared=True, size=size, dtype=torch.uint8)
             dist.barrier()
         finally:

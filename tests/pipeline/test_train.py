@@ -1,5 +1,6 @@
 """Proves on a real Ray that the result depends on neither the number of workers nor on workers and drivers dying."""
 
+import logging
 import os
 import re
 import signal
@@ -145,6 +146,7 @@ def test_one_to_four_workers_agree_after_an_epoch_of_all_60000_images_and_so_do_
     from the checkpoint before the newest, which is damaged. And a worker that ends right after its last report, an
     epoch longer than a look, is heard."""
     store, manifest = full_store
+    caplog.set_level(logging.INFO, "pipeline.worker")
     config = TrainConfig(epochs=1, shift=1, checkpoint_steps=20)
 
     def train(run_id: str, loading: Loading, workers: int) -> Training:
