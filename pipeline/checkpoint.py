@@ -3,7 +3,6 @@ stands; and a model as another. Each holds its own digest. Nothing is ever unpic
 
 import hashlib
 import json
-from typing import Any
 
 import safetensors.torch
 from pydantic import BaseModel, ConfigDict
@@ -63,15 +62,10 @@ def encode_state(model: LeNet, optimization: Optimization, position: Position) -
     if optimization.average is not None:
         with optimization.averaged():
             tensors |= {f"average.{name}": value.clone() for name, value in model.state_dict().items()}
-    scalars: dict[str, dict[str, Any]] = {}
     for number, optimizer in enumerate(optimization.optimizers):
         for index, slots in optimizer.state_dict()["state"].items():
-            for name, value in slots.items():
-                if isinstance(value, Tensor):
-                    tensors[f"optimizer.{number}.{index}.{name}"] = value
-                else:
-                    scalars.setdefault(f"{number}.{index}", {})[name] = value
-    metadata = {"position": position.model_dump_json(), "optimizer_scalars": json.dumps(scalars)}
+            tensors |= {f"optimizer.{number}.{index}.{name}": value for name, value in slots.items()}
+    metadata = {"position": position.model_dump_json()}
     return _seal({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, metadata)
 
 
@@ -81,7 +75,7 @@ def load_state(data: bytes, model: LeNet, optimization: Optimization) -> Positio
     The optimizers' settings are the recipe's, not the file's: they follow from the run's parameters and the position.
     """
     tensors, metadata = _unseal(data)
-    slots: dict[str, dict[str, Any]] = json.loads(metadata["optimizer_scalars"])
+    slots: dict[str, dict[str, Tensor]] = {}
     for key, value in _under("optimizer", tensors).items():
         slot, _, name = key.rpartition(".")
         slots.setdefault(slot, {})[name] = value

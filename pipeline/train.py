@@ -4,6 +4,7 @@ import json
 import logging
 import signal
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -124,7 +125,7 @@ def _train(
             "resident in each" if job.loading == "resident" else "streamed",
         )
         try:
-            weights, position = _run_workers(store, run_id, job, cluster, gpu)
+            weights, position = _run_workers(store, run_id, job, cluster, gpu, lambda: hold.stop_asked)
         except PipelineError:
             if hold.superseded():
                 return
@@ -177,7 +178,7 @@ def _take_up(store: Store, folder: str) -> str | None:
 
 
 def _run_workers(
-    store: Store, run_id: str, job: Job, cluster: ClusterConfig, gpu: bool
+    store: Store, run_id: str, job: Job, cluster: ClusterConfig, gpu: bool, end_asked: Callable[[], bool]
 ) -> tuple[dict[str, Tensor], Position]:
     """Run Ray Train to its end; the weights and the position of the last checkpoint."""
     trainer = Trainer(
@@ -185,6 +186,7 @@ def _run_workers(
         train_loop_config={"job": job},
         local=cluster.ray_address is None,
         timeout_s=PATIENCE_S,
+        end_asked=end_asked,
         scaling_config=ray.train.ScalingConfig(
             num_workers=cluster.world_size,  # type: ignore[arg-type]  # annotated as of the version before
             elastic_resize_monitor_interval_s=RESIZE_S,  # type: ignore[call-arg]

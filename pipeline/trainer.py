@@ -21,19 +21,26 @@ from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.callbacks.preemption_callback import PreemptionCallback
 from ray.train.v2._internal.execution.controller import TrainController
+from ray.train.v2._internal.execution.controller.state import (
+    InitializingState,
+    ReschedulingState,
+    RestartingState,
+    SchedulingState,
+)
 from ray.train.v2._internal.execution.failure_handling import FailureDecision
 from ray.train.v2._internal.execution.failure_handling.default import DefaultFailurePolicy
 from ray.train.v2._internal.execution.preemption import PreemptionWatcher
-from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
+from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, FixedScalingPolicy
 from ray.train.v2._internal.execution.worker_group import WorkerGroup
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
 from pipeline import imports
-from pipeline.cluster import use_interface_of_ray
-from pipeline.errors import PipelineError
+from pipeline.cluster import placeable, use_interface_of_ray
+from pipeline.errors import PipelineError, Terminated
 
 log = logging.getLogger(__name__)
 
+WITHOUT_WORKERS = (InitializingState, SchedulingState, RestartingState, ReschedulingState)
 DIED = "its worker process has died"
 OUT_OF_MEMORY = re.compile(r"Memory on the node \(IP: ([^,]+),[^)]*\) was (\S+) used / (\S+) limit")
 
@@ -80,11 +87,12 @@ def _interrupt() -> None:
 
 
 class Trainer(TorchTrainer):
-    """Trains on a local Ray, or on a cluster whose hosts may be several."""
+    """Trains on a local Ray, or on a cluster whose hosts may be several. While there are no workers that could hear
+    that the end was asked for, `fit` raises Terminated."""
 
-    def __init__(self, *args: Any, local: bool, timeout_s: int, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, local: bool, timeout_s: int, end_asked: Callable[[], bool], **kwargs: Any) -> None:
         super().__init__(*args, torch_config=(TorchConfig if local else _SeveralHosts)(timeout_s=timeout_s), **kwargs)
-        self.local = local
+        self.local, self.end_asked = local, end_asked
 
     def _create_default_callbacks(self) -> list[Any]:
         # Each starts an actor, 2 s of a core. Ray Data's manager serves datasets, and there are none; the cleaner frees
@@ -97,10 +105,13 @@ class Trainer(TorchTrainer):
     def _initialize_and_run_controller(self, scaling_policy: Any, failure_policy: Any, **asked: Any) -> Result:
         if self.local and isinstance(scaling_policy, FixedScalingPolicy):
             scaling_policy = _NothingToScale(scaling_policy.scaling_config)
+        if isinstance(scaling_policy, ElasticScalingPolicy):
+            scaling_policy = Elastic(scaling_policy.scaling_config)
         logging.getLogger(TrainController.__module__).setLevel(logging.CRITICAL)  # of pages; what it raises is told
         logging.getLogger(PreemptionWatcher.__module__).setLevel(logging.ERROR)  # it would tell of every head away
         failure_policy = _Failures(failure_policy.failure_config)
         controller = _Controller(scaling_policy=scaling_policy, failure_policy=failure_policy, **asked)
+        controller.end_asked = self.end_asked
         try:
             # asyncio's own handler of Ctrl-C is heard where the loop waits: nowhere, while looking at the workers takes
             # longer than the pause between two looks.
@@ -163,6 +174,12 @@ class _Workers(WorkerGroup):
 
 class _Controller(TrainController):
     worker_group_cls = _Workers
+    end_asked: Callable[[], bool]
+
+    async def _step(self) -> Any:
+        if isinstance(self.get_state(), WITHOUT_WORKERS) and self.end_asked():
+            raise Terminated
+        return await super()._step()
 
 
 class _Failures(DefaultFailurePolicy):
@@ -176,6 +193,15 @@ class _Failures(DefaultFailurePolicy):
         if decision is FailureDecision.RETRY:
             log.warning("%s. All ranks start again, from the last checkpoint", cause_of(training_failed_error))
         return decision
+
+
+class Elastic(ElasticScalingPolicy):
+    """As Ray Train's own, but that it finds room for five workers of 0.2 CPUs on one: 1.0 // 0.2 is 4."""
+
+    def _count_possible_workers(self, reserved_resources: dict[str, dict[str, float]]) -> int:
+        wanted = self.scaling_config._resources_per_worker_not_none
+        room = placeable(reserved_resources.values(), wanted["CPU"], wanted.get("GPU", 0))
+        return min(room, int(self.scaling_config.max_workers))
 
 
 class _NothingToScale(FixedScalingPolicy):

@@ -17,11 +17,13 @@ import torch
 from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
 from ray.core.generated.autoscaler_pb2 import DrainNodeReason
+from ray.util.placement_group import placement_group, remove_placement_group
 
 import pipeline.train
 from pipeline.checkpoint import FILE_NAME, EpochMetrics, decode_model, read_state
 from pipeline.cluster import ClusterConfig
-from pipeline.errors import ClusterError, ConfigError
+from pipeline.errors import ClusterError, ConfigError, Terminated
+from pipeline.lease import ask_to_stop
 from pipeline.loader import LoadConfig, Place, ResidentLoader
 from pipeline.recipe import TrainConfig
 from pipeline.sharding import ShardConfig, write_shards
@@ -29,7 +31,7 @@ from pipeline.shards import Manifest
 from pipeline.source import Source
 from pipeline.storage import Store, open_store
 from pipeline.train import Training, find_training, fit, staging
-from pipeline.worker import Job, open_learner, train_worker
+from pipeline.worker import Job, lease_key, open_learner, train_worker
 from tests.conftest import Splits, wait_for
 
 # Long enough to be disturbed, and so gentle that float32's rounding does not grow.
@@ -146,11 +148,11 @@ def test_a_node_killed_in_mid_training_changes_nothing_nor_does_a_checkpoint_tor
     monkeypatch.setattr(pipeline.train, "train_worker", finding_its_checkpoint_torn)
 
     def kill_one() -> None:
-        cluster.add_node(num_cpus=1)
         # The second of the list: the first is the head, and it is the workers' nodes that fail.
         cluster.remove_node(cluster.list_all_nodes()[1], allow_graceful=False)
+        cluster.add_node(num_cpus=1)  # after it: training may be over before a node has come
 
-    on_epoch, acted = once_after(5, kill_one)
+    on_epoch, acted = once_after(1, kill_one)
     training = fit(store, "node-killed", manifest, RUN, TWO_ON_A_CLUSTER, LoadConfig(), on_epoch)
     [killed] = acted
     killed.result()
@@ -187,6 +189,37 @@ def test_a_node_about_to_go_is_left_with_a_checkpoint(
     assert [step for _, step in seen if step], "there was no checkpoint in mid-epoch"
     assert "the machine of rank" in caplog.text
     assert_same(store, training, undisturbed(manifest, store, config), 3)
+
+
+def test_asked_to_stop_a_training_of_one_step_an_epoch_ends_with_a_checkpoint(
+    store: Store, manifest: Manifest, cluster: Cluster
+) -> None:
+    config = RUN.model_copy(update={"global_batch_size": 600, "epochs": 500})
+    on_epoch, _ = once_after(1, lambda: ask_to_stop(store, lease_key(staging("one-step"))))
+    with pytest.raises(Terminated):
+        fit(store, "one-step", manifest, config, ClusterConfig(workers=1, gpu="no"), LoadConfig(), on_epoch)
+    assert positions(store, "one-step")
+
+
+def test_asked_to_stop_while_no_worker_can_be_placed_it_ends(
+    store: Store, manifest: Manifest, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "2")
+    others = placement_group([{"CPU": 1}] * 2)
+    ray.get(others.ready())
+    key = lease_key(staging("waiting"))
+
+    def ask() -> None:
+        wait_for(lambda: store.exists(key), 60)
+        ask_to_stop(store, key)
+
+    pool = ThreadPoolExecutor(1)
+    pool.submit(ask)
+    try:
+        with pytest.raises(Terminated):
+            fit(store, "waiting", manifest, RUN, ClusterConfig(workers=1, gpu="no"), LoadConfig())
+    finally:
+        remove_placement_group(others)
 
 
 def test_a_range_of_workers_starts_with_those_there_is_room_for_and_grows(

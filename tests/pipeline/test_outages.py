@@ -81,7 +81,7 @@ def test_the_s3_server_stopped_for_10_seconds_in_mid_epoch_is_waited_for(
         back = outages[0].result()
         after = [key for key in store.keys(f"{staging('outage')}/{PROGRESS}") if store.modified(key) > back]
         copy = copied(store, open_store(str(tmp_path)), manifest)
-        spared = fit(copy, "spared", manifest, config, cluster, STREAMING)
+        spared = fit(copy, "spared", manifest, config, cluster, LoadConfig())
     assert [epoch.epoch for epoch in training.history] == list(range(1, 41))
     assert len(after) > 10, "nobody had to wait"
     assert training.candidate_sha256 == spared.candidate_sha256
@@ -99,7 +99,7 @@ def test_the_s3_server_stopped_for_good_ends_in_an_error_that_names_the_object(
 ) -> None:
     store, manifest = streamed_from_s3
     stopped: list[float] = []
-    patience = {"LENET_S3_OUTAGE_S": "8"}  # one after the other, several requests wait for so long
+    patience = {"LENET_S3_OUTAGE_S": "4"}  # one after the other, several requests wait for so long
     monkeypatch.setenv(*next(iter(patience.items())))
 
     def stop(epoch: EpochMetrics) -> None:
@@ -113,5 +113,5 @@ def test_the_s3_server_stopped_for_good_ends_in_an_error_that_names_the_object(
     assert time.monotonic() - stopped[0] < 120
     assert re.match(r"s3://lenet-tests/run/\S+: store failed", str(raised.value))
     own_s3_server.start()
-    last = max(key for key in store.keys(f"{staging('lost')}/ray") if key.endswith(FILE_NAME))
+    last = max(key for key in store.keys(f"{staging('lost')}/ray") if key.endswith(FILE_NAME))  # of one holder
     assert len(read_state(store.read(last))[1].history) >= 2

@@ -26,9 +26,9 @@ from lenet.recipe import RECIPES
 from lenet.step import evaluate_step, metrics_of
 from pipeline.checkpoint import FILE_NAME, EpochMetrics, decode_model, read_state
 from pipeline.cluster import ClusterConfig
-from pipeline.errors import DataError, Terminated, TrainingError
+from pipeline.errors import DataError, TrainingError
 from pipeline.idx import Pixels
-from pipeline.lease import Lease, ask_to_stop, read_lease
+from pipeline.lease import Lease, read_lease
 from pipeline.loader import LoadConfig, Loading, Place
 from pipeline.order import permutation
 from pipeline.recipe import TrainConfig
@@ -195,7 +195,7 @@ def kill_in_mid_epoch(store: Store, run_id: str, manifest: Manifest, workers: in
     """Start a streaming training in a process of its own, and SIGKILL it when the run has had so many checkpoints."""
     script = f"""
 from pipeline.cluster import ClusterConfig
-from pipeline.lease import Lease, ask_to_stop, read_lease
+from pipeline.lease import Lease, read_lease
 from pipeline.loader import LoadConfig, Loading, Place
 from pipeline.shards import require_manifest
 from pipeline.storage import open_store
@@ -303,20 +303,6 @@ def test_a_training_that_was_superseded_follows_and_takes_over_again(
     assert small_store.exists(one)
     # Of the first holder, what the third began with; of the second nothing.
     assert {key.split("/")[3] for key in states(small_store, "superseded")} == {"1", "3"}
-
-
-def test_asked_to_stop_a_training_of_one_step_an_epoch_ends_with_a_checkpoint(
-    small_store: Store, manifest: Manifest
-) -> None:
-    config = SMALL_RUN.model_copy(update={"global_batch_size": 600, "epochs": 500})
-
-    def ask(epoch: EpochMetrics) -> None:
-        if epoch.epoch == 1:
-            ask_to_stop(small_store, lease_key(staging("one-step")))
-
-    with pytest.raises(Terminated):
-        fit(small_store, "one-step", manifest, config, ClusterConfig(workers=1, gpu="no"), LoadConfig(), ask)
-    assert states(small_store, "one-step")
 
 
 def test_a_damaged_shard_that_a_worker_comes_upon_is_told_and_not_come_upon_again(

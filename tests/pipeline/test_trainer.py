@@ -3,11 +3,12 @@
 import signal
 import threading
 
+import pytest
 from ray.exceptions import OutOfMemoryError
-from ray.train import ControllerError, WorkerGroupError
+from ray.train import ControllerError, ScalingConfig, WorkerGroupError
 
 from pipeline.errors import DataError, StorageError
-from pipeline.trainer import cause_of, mistake_of, on_signal
+from pipeline.trainer import Elastic, cause_of, mistake_of, on_signal
 
 NUMBER = signal.SIGUSR1
 
@@ -82,6 +83,14 @@ def test_of_several_workers_each_is_told_by_its_rank() -> None:
 def test_what_a_user_has_to_mend_is_found_among_what_came_of_it() -> None:
     torn = DataError("torn")
     assert mistake_of(WorkerGroupError("", {0: RuntimeError("connection closed by peer"), 1: torn})) is torn
+
+
+@pytest.mark.parametrize(
+    ("nodes", "room"), [([1.0], 5), ([0.6, 0.7], 6), ([0.1], 0), ([9.0], 8)], ids=["one", "two", "none", "most"]
+)
+def test_a_range_of_workers_that_share_cores_finds_the_room_there_is(nodes: list[float], room: int) -> None:
+    policy = Elastic(ScalingConfig(num_workers=(5, 8), resources_per_worker={"CPU": 0.2}))
+    assert policy._count_possible_workers({str(node): {"CPU": cpus} for node, cpus in enumerate(nodes)}) == room
 
 
 def test_what_may_pass_is_no_mistake() -> None:
