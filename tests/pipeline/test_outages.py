@@ -81,7 +81,7 @@ def test_the_s3_server_stopped_for_10_seconds_in_mid_epoch_is_waited_for(
         back = outages[0].result()
         after = [key for key in store.keys(f"{staging('outage')}/{PROGRESS}") if store.modified(key) > back]
         copy = copied(store, open_store(str(tmp_path)), manifest)
-        spared = fit(copy, "spared", manifest, config, cluster, LoadConfig())
+        spared = fit(copy, "spared", manifest, config, cluster, STREAMING)
     assert [epoch.epoch for epoch in training.history] == list(range(1, 41))
     assert len(after) > 10, "nobody had to wait"
     assert training.candidate_sha256 == spared.candidate_sha256
