@@ -156,13 +156,6 @@ def evaluate_step(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def predict_step(model: nn.Module, images: Tensor) -> Tensor:
-    """float64 probabilities (b, n_classes) for uint8 (b, 28, 28) images; each row sums to 1 to 15 digits."""
-    logits: Tensor = model(normalise(images))
-    return logits.double().softmax(dim=1)
-
-
-@torch.no_grad()
 def count(logits: Tensor, labels: Tensor, loss_sum: Tensor) -> Tensor:
     """Counts of logits (b, n_classes) whose losses have this sum, labels int64 (b,)."""
     correct = (logits.argmax(dim=1) == labels).sum()

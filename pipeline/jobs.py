@@ -96,7 +96,7 @@ def connect(address: str) -> Client:
     except (ConnectionError, OSError, RuntimeError, ValueError) as error:
         raise ClusterError(
             f"ray_address={address!r}: no Ray dashboard answers there ({first_line(error)}); give http://host:port of "
-            "the head's dashboard, started by Ray with its default extra installed"
+            "the head's dashboard, started with --dashboard-host 0.0.0.0 and with Ray's default extra installed"
         ) from None
     theirs = client._server_ray_version
     if theirs != ray.__version__:

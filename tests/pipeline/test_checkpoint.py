@@ -12,7 +12,7 @@ import torch
 from lenet.model import LeNet, fold_standardise
 from lenet.optimize import Optimization
 from lenet.recipe import RECIPES, Recipe
-from lenet.step import PlainGradient, flatten, predict_step
+from lenet.step import PlainGradient, flatten, normalise
 from pipeline.checkpoint import (
     EpochMetrics,
     Position,
@@ -113,7 +113,7 @@ def test_a_model_comes_back_from_its_file_alone(small_splits: "Splits", recipe: 
     found = decode_model(encode_model(model))
     assert not found.training
     images = torch.from_numpy(small_splits["test"][0])
-    assert torch.equal(predict_step(found, images), predict_step(model, images))
+    assert torch.equal(found(normalise(images)), model(normalise(images)))
 
 
 def test_a_model_that_standardises_is_not_written() -> None:
