@@ -10,10 +10,12 @@ All three take `images`, float32 (batch, 1, H, W) with pixels from 0 to 1, and g
 import io
 import json
 import logging
+import re
 import threading
 import warnings
 import zipfile
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,6 +36,25 @@ FORMS = (SAFETENSORS, ONNX, PT2)
 BATCH = 250  # of 1000, the C library gives the memory back to the system each time: 44 us an image, not 18
 ONNX_OPSET = 18
 _torch_export = threading.Lock()  # torch.export keeps state of the process
+
+# All that encode_pt2 writes. Of anything else torch may make what it likes.
+_ENTRY = re.compile(
+    r"archive/(data/weights/(weight_\d+|model_weights_config\.json)|data/constants/model_constants_config\.json"
+    r"|models/model\.json|data/sample_inputs/model\.pt|archive_format|archive_version|byteorder"
+    r"|(\.data/)?version|\.data/serialization_id)"
+)
+_LAYERS = "pad|conv2d|sigmoid|tanh|relu|avg_pool2d|max_pool2d|flatten|linear"
+_LEAF = '{"type": null, "context": null, "children_spec": []}'
+_TUPLE = '{"type": "builtins.tuple", "context": "null", "children_spec": '
+_DICT = '{"type": "builtins.dict", "context": "[]", "children_spec": []}'
+# Texts in its JSON by their key; of any other key, a name.
+_TEXTS = {
+    "target": re.compile(rf"torch\.ops\.aten\.({_LAYERS})\.\w+"),
+    "expr_str": re.compile(r"Symbol\('s[0-9]+', positive=True, integer=True\)|[0-9]+"),
+    "in_spec": re.compile(re.escape(f"[1, {_TUPLE}[{_TUPLE}[{_LEAF}]}}, {_DICT}]}}]")),
+    "out_spec": re.compile(re.escape(f"[1, {_LEAF}]")),
+}
+_NAME = re.compile(r"[\w.+-]*", re.ASCII)
 
 
 class Artifact(BaseModel):
@@ -137,32 +158,50 @@ def _open_onnx(data: bytes) -> Predictor:
 
 
 def _open_pt2(data: bytes) -> Predictor:
-    data = _without_pickles(data)
+    data = _as_we_write_it(data)
     with warnings.catch_warnings(), _quiet("torch.export"), _torch_export:
         warnings.simplefilter("ignore")
         return predictor(torch.export.load(io.BytesIO(data)).module())
 
 
-def _without_pickles(data: bytes) -> bytes:
-    """The archive, written anew from what has been looked at. Raises DataError if torch would unpickle any of it.
+def _as_we_write_it(data: bytes) -> bytes:
+    """The archive, written anew from what has been looked at. Raises DataError for anything that we do not write.
 
-    torch.export.load unpickles sample inputs, legacy weights and whatever a payload's config says, without a way to
-    forbid it.
+    torch.export.load unpickles sample inputs, legacy weights and whatever a payload's config says, loads libraries,
+    evaluates sizes as Python and finds operations by any name there is in torch, without a way to forbid it. Nor does
+    its reader of archives tell small letters from capitals.
     """
-    clean = io.BytesIO()
+    clean, seen = io.BytesIO(), set()
     with zipfile.ZipFile(io.BytesIO(data)) as archive, zipfile.ZipFile(clean, "w") as copy:
         for entry in archive.infolist():
+            name = entry.filename
+            if name in seen or not _ENTRY.fullmatch(name) or entry.compress_type != zipfile.ZIP_STORED:
+                raise DataError(f"{name!r} in it is not ours, and may run anything")
+            seen.add(name)
             content = archive.read(entry)
-            payloads = json.loads(content)["config"] if entry.filename.endswith("_config.json") else {}
-            constants = payloads and "constants" in entry.filename
-            if (
-                constants
-                or any(p["use_pickle"] for p in payloads.values())
-                or (content and entry.filename.endswith(".pt"))
-            ):
-                raise DataError(f"{entry.filename} in it is a pickle, which may run anything")
-            copy.writestr(entry.filename, content)
+            if name.endswith(".json"):
+                content = json.dumps(_harmless(name, "", json.loads(content))).encode()
+            if name.endswith((".pt", "constants_config.json")) and content not in (b"", b'{"config": {}}'):
+                raise DataError(f"{name} in it is a pickle, which may run anything")
+            copy.writestr(name, content)
     return clean.getvalue()
+
+
+def _harmless(name: str, key: str, value: Any) -> Any:
+    """What an entry's JSON has under a key, without remarks on where in the code it is from. Raises DataError for a
+    pickle, and for a text that torch might evaluate."""
+    if isinstance(value, dict):
+        return {
+            _harmless(name, "", part): {} if part == "metadata" else _harmless(name, part, inner)
+            for part, inner in value.items()
+        }
+    if isinstance(value, list):
+        return [_harmless(name, key, inner) for inner in value]
+    if key == "use_pickle" and value is not False:
+        raise DataError(f"{name} in it is a pickle, which may run anything")
+    if isinstance(value, str) and not _TEXTS.get(key, _NAME).fullmatch(value):
+        raise DataError(f"{name} in it has {key or 'name'} {value[:60]!r}, which may run anything")
+    return value
 
 
 def _batched(predict: Callable[[torch.Tensor], Logits]) -> Predictor:

@@ -1,8 +1,12 @@
 """Proves that each form gives the model's own logits, for any number of images, and that no form is ever unpickled."""
 
 import io
+import json
+import re
 import zipfile
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -75,6 +79,39 @@ def test_half_a_form_is_refused_in_one_line(encoded: dict[str, bytes], name: str
     assert "\n" not in str(raised.value)
 
 
+def altered(
+    archive: bytes,
+    change: Callable[[str, bytes], bytes] = lambda _, content: content,
+    more: tuple[str, bytes] | None = None,
+) -> bytes:
+    """The archive with its entries changed, and one more before them."""
+    data = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(archive)) as whole, zipfile.ZipFile(data, "w") as copy:
+        if more:
+            copy.writestr(*more)
+        for name in whole.namelist():
+            copy.writestr(name, change(name, whole.read(name)))
+    return data.getvalue()
+
+
+@dataclass(frozen=True)
+class Leaves:
+    """What leaves a file behind when it is unpickled."""
+
+    file: str
+
+    def __reduce__(self) -> tuple[object, tuple[str, str]]:
+        return open, (self.file, "w")
+
+
+def opened(data: bytes, left: Path) -> str:
+    """Why the form is not opened; nothing that was in it has been run."""
+    with pytest.raises(DataError) as raised:
+        open_form(PT2, data)
+    assert not left.exists()
+    return str(raised.value)
+
+
 def test_an_archive_that_torch_would_unpickle_is_refused(model: LeNet) -> None:
     program, data = torch.export.export(model, (torch.zeros(2, 1, 28, 28),)), io.BytesIO()
     torch.export.save(program, data)  # with its sample inputs, as a pickle
@@ -83,15 +120,48 @@ def test_an_archive_that_torch_would_unpickle_is_refused(model: LeNet) -> None:
 
 
 def test_weights_that_say_they_are_a_pickle_are_refused(encoded: dict[str, bytes]) -> None:
-    altered = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(encoded[PT2])) as archive, zipfile.ZipFile(altered, "w") as copy:
-        for name in archive.namelist():
-            content = archive.read(name)
-            if name.endswith("weights_config.json"):
-                content = content.replace(b'"use_pickle": false', b'"use_pickle": true', 1)
-            copy.writestr(name, content)
+    torn = altered(encoded[PT2], lambda _, content: content.replace(b'"use_pickle": false', b'"use_pickle": true', 1))
     with pytest.raises(DataError, match=r"weights_config\.json in it is a pickle"):
-        open_form(PT2, altered.getvalue())
+        open_form(PT2, torn)
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+@pytest.mark.parametrize(
+    "name", ["data/sample_inputs/model.PT", "data/weights/model.pt", "data/sample_inputs/model.pt"]
+)
+def test_a_pickle_by_any_name_is_not_unpickled(encoded: dict[str, bytes], tmp_path: Path, name: str) -> None:
+    pickled, left = io.BytesIO(), tmp_path / "left"
+    torch.save(Leaves(str(left)), pickled)
+    data = altered(encoded[PT2], more=(f"archive/{name}", pickled.getvalue()))
+    assert name in opened(data, left)
+
+
+def test_no_library_in_an_archive_is_loaded(encoded: dict[str, bytes], tmp_path: Path) -> None:
+    data = altered(encoded[PT2], more=("archive/data/aotinductor/x/e.wrapper.so", b"\x7fELF"))
+    assert "data/aotinductor/x/e.wrapper.so' in it is not ours" in opened(data, tmp_path / "left")
+
+
+@pytest.mark.parametrize(
+    ("text", "instead"),
+    [
+        (r'(?<="expr_str": )"[^"]*"', "open('LEFT', 'w')"),
+        (r'(?<="expr_str": )"[^"]*"', "Symbol('s1', positive=open('LEFT', 'w'), integer=True)"),
+        (r'(?<="target": )"torch[^"]*relu[^"]*"|(?<="target": )"torch[^"]*sigmoid[^"]*"', "torch.os.system"),
+        (r'(?<="name": )"images"', "images=open('LEFT', 'w')"),
+    ],
+)
+def test_no_text_of_a_graph_is_evaluated(encoded: dict[str, bytes], tmp_path: Path, text: str, instead: str) -> None:
+    left = tmp_path / "left"
+    evil = json.dumps(instead.replace("LEFT", str(left)))
+
+    def change(name: str, content: bytes) -> bytes:
+        if not name.endswith("models/model.json"):
+            return content
+        changed = re.sub(text, lambda _: evil, content.decode())
+        assert changed.encode() != content
+        return changed.encode()
+
+    assert "which may run anything" in opened(altered(encoded[PT2], change), left)
 
 
 def test_what_is_published_as_pt2_holds_no_pickle(encoded: dict[str, bytes]) -> None:
