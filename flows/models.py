@@ -22,7 +22,15 @@ from pipeline.config import config_of
 from pipeline.errors import DataError
 from pipeline.index import INDEX, refresh_index, write_index
 from pipeline.publish import copy_run
-from pipeline.registry import DEFAULT_MODEL, find_champion, find_decision, find_place, list_models, list_versions
+from pipeline.registry import (
+    DEFAULT_MODEL,
+    check_version,
+    find_champion,
+    find_decision,
+    find_place,
+    list_models,
+    list_versions,
+)
 from pipeline.retention import RetentionConfig
 from pipeline.storage import open_store
 from pipeline.strays import find_strays, remove
@@ -83,7 +91,8 @@ def index(*, storage: Storage = DEFAULT_STORAGE) -> None:
 
 
 def verify(url: str) -> None:
-    """Prove a published run: its hashes, every number in its report, and that all forms of its model agree.
+    """Prove a published run: its hashes, that its predictions are the model's, that every figure of accuracy follows
+    from them, that all forms of the model agree, and that page and card say what the report says.
 
     Args:
         url: A run's folder (STORE/runs/ID), a version (STORE/models/NAME/versions/N), a model (STORE/models/NAME: its
@@ -102,6 +111,7 @@ def export(url: str, output: Path) -> None:
         output: Folder to write to.
     """
     place = find_place(url)
+    check_version(place)
     for file in copy_run(place.store, place.run_id, output):
         print(f"{place}: {file}")
 

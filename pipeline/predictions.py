@@ -81,6 +81,8 @@ def decode_predictions(data: bytes) -> Predictions:
         raise DataError("its rows do not follow each other")
     if not np.array_equal(predicted, logits.argmax(axis=1)):
         raise DataError("what it says was predicted is not what its logits say")
+    if labels.max() >= logits.shape[1]:
+        raise DataError(f"it has label {labels.max()} where its logits are of {logits.shape[1]} classes")
     return Predictions(int(rows[0]), labels, predicted, logits)
 
 

@@ -10,21 +10,19 @@ A reader starts at a manifest or at latest.json and sees all of a run or nothing
 
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from lenet.model import layer_table
 from pipeline.artifacts import FORMS, SAFETENSORS, Artifact, artifact_of, read_checked
 from pipeline.card import render_card
 from pipeline.documents import find_document, parse_document
 from pipeline.errors import ConfigError, DataError, StorageError
 from pipeline.evaluate import Evaluation, exported_key, load_model
 from pipeline.promotion import Comparison
-from pipeline.report import DatasetFacts, LayerFacts, Report, render_events, render_html
+from pipeline.report import Report, facts_of, layers_of, render_events, render_html
 from pipeline.shards import Manifest, pick_images
 from pipeline.storage import Store, sha256
 from pipeline.train import Training, staging
@@ -184,11 +182,8 @@ def verify_run(store: Store, run_id: str) -> RunManifest:
 
 def read_report(store: Store, run_id: str) -> Report:
     """The report of a published run. DataError for a run that is not published, and one from before format 2."""
-    manifest = require_run(store, run_id)
-    if manifest.format_version < FORMAT_VERSION:
-        raise DataError(f"run {run_id}: published in format {manifest.format_version}, from before this; run it again")
     key = f"{run_folder(run_id)}/report.json"
-    return Report.model_validate_json(read_checked(store, key, manifest.artifacts["report.json"]))
+    return parse_document(store, key, Report, read_checked(store, key, _artifacts(store, run_id)["report.json"]))
 
 
 def headline_of(report: Report) -> Headline:
@@ -205,9 +200,9 @@ def headline_of(report: Report) -> Headline:
 def copy_run(store: Store, run_id: str, output: Path) -> list[Path]:
     """Write the model of a published run, in every form, with its card, to a folder on this machine; the files.
 
-    ConfigError for a folder that cannot be written to.
+    ConfigError for a folder that cannot be written to, DataError as `read_report`.
     """
-    artifacts = require_run(store, run_id).artifacts
+    artifacts = _artifacts(store, run_id)
     files = []
     for name in (*FORMS, CARD):
         data = read_checked(store, f"{run_folder(run_id)}/{name}", artifacts[name])
@@ -223,6 +218,14 @@ def copy_run(store: Store, run_id: str, output: Path) -> list[Path]:
 def read_latest(store: Store) -> Latest | None:
     """The pointer to the latest run; None before the first."""
     return find_document(store, LATEST, Latest)
+
+
+def _artifacts(store: Store, run_id: str) -> dict[str, Artifact]:
+    """Of a published run; DataError for one from before format 2."""
+    manifest = require_run(store, run_id)
+    if manifest.format_version < FORMAT_VERSION:
+        raise DataError(f"run {run_id}: published in format {manifest.format_version}, from before this; run it again")
+    return manifest.artifacts
 
 
 def _copy_evaluated(store: Store, run_id: str, evaluation: Evaluation) -> dict[str, Artifact]:
@@ -258,14 +261,8 @@ def _report(
         run_id=run_id,
         finished=training.finished,
         parameters=dict(parameters),
-        dataset=DatasetFacts(
-            name=manifest.dataset,
-            digest=manifest.digest,
-            rows={split: manifest.rows(split) for split in manifest.splits},
-            licence=manifest.licence,
-            homepage=manifest.homepage,
-        ),
-        layers=[LayerFacts(**asdict(row)) for row in layer_table(model, manifest.image_shape[0])],
+        dataset=facts_of(manifest),
+        layers=layers_of(model, manifest.image_shape[0]),
         history=training.history,
         world_size=training.world_size,
         device=training.device,

@@ -3,16 +3,17 @@
 import base64
 import io
 import tempfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
 from PIL import Image
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from tensorboardX import SummaryWriter
 
+from lenet.model import LeNet, layer_table
 from pipeline.checkpoint import History
 from pipeline.drawings import BLUE, GREEN, GREY, ORANGE, draw_curves, draw_reliability
 from pipeline.evaluate import Evaluation
@@ -20,6 +21,7 @@ from pipeline.idx import Pixels
 from pipeline.metrics import Mistake
 from pipeline.pages import render_page
 from pipeline.promotion import Comparison
+from pipeline.shards import Manifest
 from pipeline.train import Training
 
 SVG = "http://www.w3.org/2000/svg"
@@ -61,7 +63,7 @@ class Report(BaseModel):
     parameters: dict[str, Any]
     dataset: DatasetFacts
     layers: list[LayerFacts]
-    history: History
+    history: History = Field(min_length=1)
     world_size: int
     device: str
     training_seconds: float
@@ -77,6 +79,22 @@ class Picture:
 
     mistake: Mistake
     uri: str
+
+
+def facts_of(manifest: Manifest) -> DatasetFacts:
+    """What a report says of a dataset."""
+    return DatasetFacts(
+        name=manifest.dataset,
+        digest=manifest.digest,
+        rows={split: manifest.rows(split) for split in manifest.splits},
+        licence=manifest.licence,
+        homepage=manifest.homepage,
+    )
+
+
+def layers_of(model: LeNet, side: int) -> list[LayerFacts]:
+    """What a report says of a model for images of side x side."""
+    return [LayerFacts(**asdict(row)) for row in layer_table(model, side)]
 
 
 def render_html(report: Report, mistakes: list[Pixels]) -> str:

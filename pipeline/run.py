@@ -116,7 +116,7 @@ def begin(config: RunConfig, run_id: str) -> RunConfig:
     config = config.model_copy(update={"run_id": run_id})
     key = f"{staging(run_id)}/run.json"
     parameters = config.model_dump(mode="json") | config.spelled_out()
-    record = RunRecord(parameters=parameters, versions=_versions(), lineage=_lineage())
+    record = RunRecord(parameters=parameters, versions=versions(), lineage=lineage())
     begun = keep_document(store, key, record)
     _require_same(begun.parameters, record.parameters)
     return config
@@ -303,12 +303,13 @@ def _require_same(begun: dict[str, Any], now: dict[str, Any]) -> None:
             )
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of this code, of Python and of the packages that results depend on."""
     packages = {name: importlib.metadata.version(name) for name in RECORDED_PACKAGES}
     return {"code": _commit(), "python": platform.python_version(), **packages}
 
 
-def _lineage() -> dict[str, str]:
+def lineage() -> dict[str, str]:
     """What else the result may depend on: the locked set of packages (sha256 of the lock, hex) and the machine."""
     lock = Path(__file__).parents[1] / "requirements.lock"
     memory = psutil.virtual_memory().total / 2**30

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 Trained = Callable[..., "Receipts"]
 ROOT = run_folder("r")
+# What is decided by the objects' content alone.
+on_disk = pytest.mark.parametrize("store", ["local"], indirect=True)
 NAMES = [
     SAFETENSORS, ONNX, PT2, "predictions/00000.parquet", "predictions/00001.parquet", "report.json", "report.html",
     "README.md", "events.out.tfevents.lenet",
@@ -31,11 +33,21 @@ NAMES = [
 
 
 @pytest.fixture
-def url(store: Store, trained: Trained, good_models: list[LeNet]) -> str:
+def url(store: Store, prepared: Callable[..., Store], trained: Trained, good_models: list[LeNet]) -> str:
     """A published run r, version 1 and champion of lenet."""
-    trained(store, "r", model=good_models[-1]).publish(store)
-    promote(store, PromoteConfig(), register(store, "lenet", "r"))
-    return f"{store.url}/runs/r"
+
+    def make(first: Store) -> None:
+        trained(first, "r", model=good_models[-1]).publish(first)
+        promote(first, PromoteConfig(), register(first, "lenet", "r"))
+
+    return f"{prepared('a run that is champion', store, make).url}/runs/r"
+
+
+@pytest.fixture
+def same_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What verifies is what the run was written by."""
+    monkeypatch.setattr("pipeline.verify.versions", lambda: {"code": "abc", "torch": "2"})
+    monkeypatch.setattr("pipeline.verify.lineage", lambda: {"lock": "l"})
 
 
 def rewrite(store: Store, name: str, data: bytes) -> None:
@@ -46,59 +58,162 @@ def rewrite(store: Store, name: str, data: bytes) -> None:
     store.put(f"{ROOT}/manifest.json", json.dumps(manifest).encode())
 
 
-def edit_report(store: Store, change: Callable[[Any], None]) -> None:
+def edit_report(store: Store, change: Callable[[Any], object], part: str | None = "evaluation") -> None:
     report = json.loads(store.read(f"{ROOT}/report.json"))
-    change(report["evaluation"])
+    change(report[part] if part else report)
     rewrite(store, "report.json", json.dumps(report).encode())
+
+
+def edit_manifest(store: Store, **changes: object) -> None:
+    manifest = json.loads(store.read(f"{ROOT}/manifest.json"))
+    store.put(f"{ROOT}/manifest.json", json.dumps(manifest | changes).encode())
 
 
 def test_a_sound_run_is_verified_by_each_of_its_urls(store: Store, url: str) -> None:
     lines = list(verify(url))
     assert lines[0] == "9 objects have the size and sha256 that the manifest says"
-    assert lines[1].startswith("report.json: every number follows from the predictions, accuracy 0.")
+    assert lines[1].startswith("report.json: every figure of accuracy follows from the predictions, accuracy 0.")
     assert lines[2] == "predictions: what the model says of all 200 test images of fashion-mnist"
     assert lines[3].startswith("model.safetensors, model.onnx, model.pt2 are one model")
+    assert lines[4] == "report.html and README.md say what report.json says"
+    assert len(lines) == 5
     for other in (store.url, f"{store.url}/models/lenet", f"{store.url}/models/lenet/versions/1"):
         assert list(verify(other)) == ["lenet version 1 (r): its manifest is the one that was registered", *lines]
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_flipped_byte_is_found_in_each_object(store: Store, url: str, name: str) -> None:
-    data = bytearray(store.read(f"{ROOT}/{name}"))
-    data[len(data) // 3] ^= 4
-    store.put(f"{ROOT}/{name}", bytes(data))
-    with pytest.raises(DataError, match=rf"runs/r/{name}: its sha256 is not the recorded"):
-        list(verify(url))
+def test_a_flipped_byte_is_found_in_each_object(store: Store, url: str) -> None:
+    for name in NAMES:
+        whole = store.read(f"{ROOT}/{name}")
+        data = bytearray(whole)
+        data[len(data) // 3] ^= 4
+        store.put(f"{ROOT}/{name}", bytes(data))
+        with pytest.raises(DataError, match=rf"runs/r/{name}: its sha256 is not the recorded"):
+            list(verify(url))
+        store.put(f"{ROOT}/{name}", whole)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_missing_object_is_named(store: Store, url: str, name: str) -> None:
-    store.delete(f"{ROOT}/{name}")
-    with pytest.raises(DataError, match=rf"runs/r/{name}: missing"):
-        list(verify(url))
+def test_a_missing_object_is_named(store: Store, url: str) -> None:
+    for name in NAMES:
+        whole = store.read(f"{ROOT}/{name}")
+        store.delete(f"{ROOT}/{name}")
+        with pytest.raises(DataError, match=rf"runs/r/{name}: missing"):
+            list(verify(url))
+        store.put(f"{ROOT}/{name}", whole)
 
 
+EDITS: list[tuple[Callable[[Any], object], str]] = [
+    (lambda e: e.update(correct=199), "says correct 199, it is"),
+    (lambda e: e.update(ece=e["ece"] + 1e-6), r"says ece 0\.\d+, it is"),
+    (lambda e: e["classes"][3].update(f1=1.0), r"says classes\[3\].f1 1\.0, it is"),
+    (lambda e: e["classes"][0].update(name="Hat"), r"says classes\[0\].name 'Hat', it is"),
+    (lambda e: e["confusion"][0].append(1), "says confusion"),
+    (lambda e: e["mistakes"].pop(), "says mistakes"),
+    (lambda e: e.update(accuracy=1.0), r"says accuracy 1\.0, the manifest 0\.\d+"),
+    (lambda e: e.update(accuracy_low=0.5), r"says dataset='fashion-mnist' .*, the manifest dataset="),
+    (lambda e: e.update(candidate_sha256="0" * 64), "is the report of model 0000"),
+    (lambda e: e.update(test_digest="0" * 64), "is the report of set of test images 0000"),
+    (
+        lambda e: e["forms"][ONNX].update(correct=200),
+        r"says model\.onnx\.correct 200, it is 1\d\d;",
+    ),
+    (lambda e: e["forms"][PT2].update(sha256="0" * 64), r"says model\.pt2\.sha256 '0000"),
+]
+
+
+def test_an_edited_report_is_found_though_its_hash_was_edited_too(store: Store, url: str) -> None:
+    report = store.read(f"{ROOT}/report.json")
+    for change, message in EDITS[:1] if store.url.startswith("s3:") else EDITS:
+        store.put(f"{ROOT}/report.json", report)
+        edit_report(store, change)
+        with pytest.raises(DataError, match=rf"report\.json: {message}"):
+            list(verify(url))
+
+
+@on_disk
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("part", "change", "message"),
     [
-        (lambda e: e.update(correct=199), "says correct 199, the predictions give"),
-        (lambda e: e.update(ece=e["ece"] + 1e-6), r"says ece 0\.\d+, the predictions give"),
-        (lambda e: e["classes"][3].update(f1=1.0), r"says classes\[3\].f1 1\.0, the predictions give"),
-        (lambda e: e["classes"][0].update(name="Hat"), r"says classes\[0\].name 'Hat', the predictions give"),
-        (lambda e: e["confusion"][0].append(1), "says confusion"),
-        (lambda e: e["mistakes"].pop(), "says mistakes"),
-        (lambda e: e.update(accuracy=1.0), r"says accuracy 1\.0, the manifest 0\.\d+"),
-        (lambda e: e.update(accuracy_low=0.5), r"says dataset='fashion-mnist' .*, the manifest dataset="),
-        (lambda e: e.update(candidate_sha256="0" * 64), "is the report of model 0000"),
-        (lambda e: e.update(test_digest="0" * 64), "is the report of set of test images 0000"),
+        ("dataset", lambda d: d["rows"].update(train=60_000), r"says dataset\.rows\.train 60000, it is 600;"),
+        ("layers", lambda layers: layers[1].update(parameters=1), r"says layers\[1\]\.parameters 1, it is 156;"),
+        (None, lambda report: report.update(history=[]), r"damaged, or of another version \(history: "),
     ],
 )
-def test_an_edited_report_is_found_though_its_hash_was_edited_too(
-    store: Store, url: str, change: Callable[[Any], None], message: str
+def test_a_report_of_other_data_or_another_model_is_found(
+    store: Store, url: str, part: str | None, change: Callable[[Any], object], message: str
 ) -> None:
-    edit_report(store, change)
+    edit_report(store, change, part)
     with pytest.raises(DataError, match=rf"report\.json: {message}"):
         list(verify(url))
+
+
+@on_disk
+def test_other_names_of_classes_or_another_shape_are_found(store: Store, url: str) -> None:
+    """The names of two classes exchanged in manifest and report alike."""
+    run = json.loads(store.read(f"{ROOT}/manifest.json"))
+
+    def exchange(evaluation: Any) -> None:
+        first, last = evaluation["classes"][0], evaluation["classes"][9]
+        first["name"], last["name"] = last["name"], first["name"]
+
+    edit_report(store, exchange)
+    edit_manifest(store, classes=[run["classes"][9], *run["classes"][1:9], run["classes"][0]])
+    complaint = r"manifest\.json: its classes or image_shape are not the dataset's; do not use the run"
+    with pytest.raises(DataError, match=complaint):
+        list(verify(url))
+    edit_manifest(store, classes=run["classes"], image_shape=[32, 32])
+    with pytest.raises(DataError, match=complaint):
+        list(verify(url))
+
+
+@on_disk
+@pytest.mark.parametrize("name", ["report.html", "README.md"])
+def test_an_edited_page_is_found_by_the_code_that_wrote_it(store: Store, url: str, same_code: None, name: str) -> None:
+    assert list(verify(url))[-1] == "report.html and README.md say what report.json says"
+    rewrite(store, name, store.read(f"{ROOT}/{name}") + b"99.99%")
+    with pytest.raises(DataError, match=rf"runs/r/{name}: is not what report\.json gives; it was edited, do not use"):
+        list(verify(url))
+
+
+@on_disk
+def test_pages_of_other_code_are_not_said_to_be_proven(store: Store, url: str) -> None:
+    rewrite(store, "README.md", store.read(f"{ROOT}/README.md") + b"99.99%")
+    assert list(verify(url))[-1] == "README.md: not compared, other versions than these here have written the run"
+
+
+def test_predictions_of_images_that_there_are_not_are_found(store: Store, url: str) -> None:
+    """A file too many, all of it right, with a report to match."""
+    labels = np.tile(np.arange(10, dtype=np.uint8), 100)
+    logits = np.where(np.eye(10, dtype=np.bool_)[labels], np.float32(9), np.float32(-9))
+    rewrite(store, "predictions/99999.parquet", encode_predictions(logits, labels, 200))
+    forge(store)
+    with pytest.raises(DataError, match=r"runs/r/predictions: are not of the 200 test images of the dataset"):
+        list(verify(url))
+
+
+@on_disk
+def test_predictions_of_fewer_images_are_found(store: Store, url: str) -> None:
+    manifest = json.loads(store.read(f"{ROOT}/manifest.json"))
+    del manifest["artifacts"]["predictions/00001.parquet"]
+    edit_manifest(store, artifacts=manifest["artifacts"])
+    forge(store)
+    with pytest.raises(DataError, match=r"runs/r/predictions: are not of the 200 test images of the dataset"):
+        list(verify(url))
+
+
+def forge(store: Store) -> None:
+    """Have report and manifest say what the predictions give."""
+    run = json.loads(store.read(f"{ROOT}/manifest.json"))
+    names = sorted(name for name in run["artifacts"] if name.startswith("predictions/"))
+    tally = Tally(10)
+    for name in names:
+        found = decode_predictions(store.read(f"{ROOT}/{name}"))
+        tally.add(found.logits, found.labels, found.first_row)
+    verdict = tally.verdict(tuple(run["classes"])).model_dump(include=set(Verdict.model_fields))
+    edit_report(store, lambda evaluation: evaluation.update(
+        verdict, predictions={name: run["artifacts"][name] for name in names}
+    ))  # fmt: skip
+    bounds = {name: verdict[name] for name in ("accuracy_low", "accuracy_high")}
+    edit_manifest(store, accuracy=verdict["accuracy"], headline=run["headline"] | bounds)
 
 
 def test_swapped_predictions_are_found(store: Store, url: str) -> None:
@@ -117,16 +232,11 @@ def test_swapped_predictions_are_found(store: Store, url: str) -> None:
 
 def test_labels_that_are_not_the_datasets_are_found(store: Store, url: str) -> None:
     """Predictions made perfect by writing what was predicted over the labels, with a report to match."""
-    tally, run = Tally(10), json.loads(store.read(f"{ROOT}/manifest.json"))
     for name in NAMES[3:5]:
         found = decode_predictions(store.read(f"{ROOT}/{name}"))
-        tally.add(found.logits, found.predicted, found.first_row)
         rewrite(store, name, encode_predictions(found.logits, found.predicted, found.first_row))
-    perfect = tally.verdict(tuple(run["classes"])).model_dump(include=set(Verdict.model_fields))
-    edit_report(store, lambda evaluation: evaluation.update(perfect))
-    manifest = json.loads(store.read(f"{ROOT}/manifest.json")) | {"accuracy": 1.0}
-    manifest["headline"] |= {name: perfect[name] for name in ("accuracy_low", "accuracy_high")}
-    store.put(f"{ROOT}/manifest.json", json.dumps(manifest).encode())
+    forge(store)
+    assert json.loads(store.read(f"{ROOT}/manifest.json"))["accuracy"] == 1
     with pytest.raises(DataError, match=r"predictions/00000\.parquet: its labels are not those of the dataset"):
         list(verify(url))
 
