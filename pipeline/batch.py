@@ -110,7 +110,8 @@ def predict_batch(config: PredictConfig) -> BatchReport:
     """Predict all images of the source and publish the predictions; the report of before if they are there already.
 
     Raises ConfigError, before any work, for a source with nothing to predict and for an output that holds other
-    predictions; DataError for a source that is torn or changes meanwhile; ClusterError when no CPU comes free.
+    predictions, or other things where they go; DataError for a source that is torn or changes meanwhile; ClusterError
+    when no CPU comes free.
     """
     output = _output(config)
     cluster = config.cluster
@@ -123,6 +124,8 @@ def predict_batch(config: PredictConfig) -> BatchReport:
     if (done := _find(output, config, content)) is not None:
         log.info("%s: %s images were predicted before, nothing to do", done.output, f"{done.images:,}")
         return _report(done)
+    if strange := [key for key in _written(output) if not CONTENT.fullmatch(key)]:
+        raise ConfigError("output", config.output, f"it holds {strange[0]}, which is not ours", "name another folder")
     output.check_writable()
     if cluster.by_job:
         return _report(jobs.run_job(str(cluster.ray_address), _work(output, config, served, content)))
@@ -244,10 +247,15 @@ def _publish(config: PredictConfig, job: Job, feed: Feed, predicted: Predicted) 
             _forget(job)  # another job was quicker, and nobody will ever name these
             raise
         return found or manifest
-    output.delete(RECEIPTS)
-    for left in {key.split("/")[1] for key in output.keys(PREDICTIONS)} - {job.content}:
-        output.delete(f"{PREDICTIONS}/{left}")
+    ours = {key.rpartition("/")[0] for key in _written(output) if CONTENT.fullmatch(key)}
+    for left in ours - {job.folder}:
+        output.delete(left)
     return manifest
+
+
+def _written(output: Store) -> list[str]:
+    """Keys where predictions and receipts go."""
+    return [*output.keys(PREDICTIONS), *output.keys(RECEIPTS)]
 
 
 def _forget(job: Job) -> None:

@@ -23,7 +23,7 @@ from pipeline.feed import find_feed
 from pipeline.idx import Pixels
 from pipeline.predict import predict_pictures
 from pipeline.registry import open_model, promote_by_hand, register
-from pipeline.scorer import Answer, Job, Part, Predicted, Scorer, schema_of
+from pipeline.scorer import PREDICTIONS, Answer, Job, Part, Predicted, Scorer, schema_of
 from pipeline.shards import Manifest
 from pipeline.storage import Store, open_store, sha256
 
@@ -43,12 +43,16 @@ def _one_ray(s3_server: "S3Server") -> Iterator[None]:
 
 
 @pytest.fixture
-def model(tmp_path: Path, trained: Callable[..., "Receipts"], good_models: list[LeNet]) -> str:
+def model(
+    tmp_path: Path, prepared: Callable[..., Store], trained: Callable[..., "Receipts"], good_models: list[LeNet]
+) -> str:
     """URL of a store with a champion."""
-    store = open_store(str(tmp_path / "models"))
-    trained(store, "good-run", model=good_models[3].eval()).publish(store)
-    promote_by_hand(store, "lenet", register(store, "lenet", "good-run").version)
-    return store.url
+
+    def make(first: Store) -> None:
+        trained(first, "good-run", model=good_models[3].eval()).publish(first)
+        promote_by_hand(first, "lenet", register(first, "lenet", "good-run").version)
+
+    return prepared("a good run", open_store(str(tmp_path / "models")), make).url
 
 
 def rows_of(output: Store) -> dict[str, list[object]]:
@@ -186,6 +190,34 @@ def test_the_same_again_is_no_work_and_other_content_is_refused(
     with pytest.raises(ConfigError, match=refused):
         predict_batch(other.model_copy(update={"output": contested.url}))
     assert {key: contested.read(key) for key in contested.keys("")} == before
+
+
+@pytest.mark.parametrize(
+    "theirs", ["predictions/2025/a.csv", "receipts/rent.pdf", "predictions/0123456789abcdef/a.csv"]
+)
+def test_what_others_keep_in_the_output_is_not_touched(
+    store: Store, model: str, tmp_path: Path, theirs: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "in").mkdir()
+    Image.new("L", (28, 28)).save(tmp_path / "in" / "a.png")
+    output = open_store(f"{store.url}/out")
+    config = PredictConfig(source=str(tmp_path / "in"), output=output.url, model=model, workers=1)
+
+    def meanwhile(job: Job, *_: object) -> object:
+        job.output.put(f"{PREDICTIONS}/{'0' * 16}/000000-000.parquet", b"of a job before")
+        output.put(theirs, b"theirs")
+        part = Part(name="000000-000.parquet", rows=1, unreadable=0, bytes=5, sha256="", predicted=(1,) * 10)
+        return Predicted([part], 1.0, 1)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(scorer, "predict_units", meanwhile)
+        predict_batch(config)
+    assert output.keys("") == sorted(["manifest.json", theirs])
+    output.delete("manifest.json")
+    monkeypatch.setattr(scorer, "predict_units", None)
+    with pytest.raises(ConfigError, match=f"^output=.*: it holds {theirs}, which is not ours; name another folder$"):
+        predict_batch(config)
+    assert output.keys("") == [theirs]
 
 
 def test_a_job_that_broke_off_goes_on(

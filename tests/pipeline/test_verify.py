@@ -2,11 +2,13 @@
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 
+from flows.models import export
 from lenet.model import LeNet
 from lenet.recipe import RECIPES
 from pipeline.artifacts import ONNX, PT2, SAFETENSORS, artifact_of
@@ -14,7 +16,7 @@ from pipeline.errors import DataError
 from pipeline.metrics import Tally, Verdict
 from pipeline.predictions import decode_predictions, encode_predictions
 from pipeline.promotion import PromoteConfig
-from pipeline.publish import run_folder
+from pipeline.publish import copy_run, run_folder
 from pipeline.registry import promote, register
 from pipeline.storage import Store
 from pipeline.verify import verify
@@ -257,12 +259,26 @@ def test_the_manifest_of_another_run_is_found(store: Store, url: str, trained: T
         list(verify(url))
 
 
-def test_a_version_whose_run_was_written_anew_is_found(store: Store, url: str) -> None:
+def test_a_version_whose_run_was_written_anew_is_neither_verified_nor_exported(
+    store: Store, url: str, tmp_path: Path
+) -> None:
     manifest = store.read(f"{ROOT}/manifest.json")
     store.put(f"{ROOT}/manifest.json", manifest + b"\n")
     list(verify(url))
-    with pytest.raises(DataError, match=r"manifest\.json: its sha256 is not that of lenet version 1 \(r\)"):
-        list(verify(store.url))
+    for refused in (lambda: list(verify(store.url)), lambda: export(store.url, tmp_path / "out")):
+        with pytest.raises(DataError, match=r"manifest\.json: its sha256 is not that of lenet version 1 \(r\)"):
+            refused()
+    assert not (tmp_path / "out").exists()
+
+
+@on_disk
+def test_a_run_of_the_format_before_is_not_exported(store: Store, url: str, tmp_path: Path) -> None:
+    manifest = json.loads(store.read(f"{ROOT}/manifest.json"))
+    artifacts = {name: found for name, found in manifest["artifacts"].items() if name != PT2}
+    edit_manifest(store, format_version=1, artifacts=artifacts)
+    for refused in (lambda: list(verify(url)), lambda: copy_run(store, "r", tmp_path)):
+        with pytest.raises(DataError, match="^run r: published in format 1, "):
+            refused()
 
 
 def test_a_damaged_manifest_is_one_line(store: Store, url: str) -> None:
