@@ -139,13 +139,14 @@ def reproduce(run_id: str, *, storage: Storage = DEFAULT_STORAGE, ray_address: s
 def gc(
     *,
     storage: Storage = DEFAULT_STORAGE,
-    older_than_hours: Annotated[float, Parameter(validator=Number(gte=0))] = 24,
+    older_than_hours: Annotated[float, Parameter(validator=Number(gte=0, lte=876_000))] = 24,
     delete: bool = False,
 ) -> None:
     """List what publishers and others that were killed have left in the store; with --delete, remove it.
 
     Args:
-        older_than_hours: What is younger is left alone: somebody may be at work on it.
+        older_than_hours: A run, version or dataset that anything was written of since is left alone: somebody may be
+            at work on it.
         delete: Remove what is listed.
     """
     store = open_store(storage)
@@ -153,7 +154,7 @@ def gc(
     for stray in strays:
         print(f"{store.locate(stray.key)}  {stray.modified:%Y-%m-%d %H:%M} UTC  {stray.why}")
     if delete:
-        remove(store, strays)
+        strays = remove(store, strays)
     print(f"{len(strays)} {'stray' if len(strays) == 1 else 'strays'}{' removed' if delete else ''}")
 
 

@@ -60,11 +60,13 @@ class RunFacts:
 
 class Removal(BaseModel):
     """What goes of a run, and why. `steps` are keys, removed in this order, folders with all that is in them; `whole`
-    says that nothing is left of the run afterwards. `size` is in bytes."""
+    says that nothing is left of the run afterwards. `size` is in bytes, `active` when anything of it was last written.
+    """
 
     model_config = ConfigDict(frozen=True)
 
     run_id: str
+    active: datetime
     what: str
     whole: bool
     steps: tuple[str, ...]
@@ -132,6 +134,7 @@ def plan(runs: Iterable[RunFacts], config: RetentionConfig, now: datetime) -> Pl
             removals.append(
                 Removal(
                     run_id=run.run_id,
+                    active=run.active,
                     what="all of it",
                     whole=True,
                     steps=_whole(run.run_id),
@@ -143,6 +146,7 @@ def plan(runs: Iterable[RunFacts], config: RetentionConfig, now: datetime) -> Pl
             removals.append(
                 Removal(
                     run_id=run.run_id,
+                    active=run.active,
                     what=", ".join(run.working),
                     whole=False,
                     steps=tuple(f"{staging(run.run_id)}/{name}" for name in run.working),
@@ -180,13 +184,17 @@ def gather(store: Store) -> list[RunFacts]:
 
 
 def remove(store: Store, found: Plan) -> Plan:
-    """Carry a plan out; what was carried out of it. A run that has become needed since it was made is left alone."""
+    """Carry a plan out; what was carried out of it. A run that has become needed since it was made is left alone, and
+    one that goes on: its lease, too, would be newer."""
     holders = _Holders(store)
     done, kept = [], dict(found.kept)
     try:
         for removal in found.removals:
             if removal.whole and (held := holders.look().get(removal.run_id)):
                 kept[removal.run_id] = " and ".join(held)
+                continue
+            if removal.whole and _last_written(store, removal.run_id) > removal.active:
+                kept[removal.run_id] = "written of since this was planned"
                 continue
             for key in removal.steps:
                 store.delete(key)
@@ -196,6 +204,12 @@ def remove(store: Store, found: Plan) -> Plan:
         if any(removal.whole for removal in done):
             refresh_index(store)
     return Plan(removals=done, kept=kept, done=True)
+
+
+def _last_written(store: Store, run_id: str) -> datetime:
+    """When anything of the run was; the beginning of time if nothing is there."""
+    found = [file for folder in (staging(run_id), run_folder(run_id)) for file in store.listing(folder).values()]
+    return max((file.written for file in found), default=datetime.min.replace(tzinfo=UTC))
 
 
 def _whole(run_id: str) -> tuple[str, ...]:

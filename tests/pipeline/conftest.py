@@ -173,14 +173,11 @@ def forms() -> Callable[[LeNet], dict[str, bytes]]:
     return of
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def trained(
-    small_manifest: Callable[[Store], Manifest],
-    forms: Callable[[LeNet], dict[str, bytes]],
-    monkeypatch: pytest.MonkeyPatch,
+    small_manifest: Callable[[Store], Manifest], forms: Callable[[LeNet], dict[str, bytes]]
 ) -> Callable[..., Receipts]:
     """Function that leaves the receipts of a run in a store, its weights untrained or those of a model given."""
-    monkeypatch.setattr("pipeline.probe.PATIENCE_S", 0.01)  # how fast a model is, is not what is tested
 
     def make(
         store: Store, run_id: str, finished: datetime = FINISHED, seed: int = 0, model: LeNet | None = None
@@ -201,7 +198,9 @@ def trained(
             candidate_sha256=sha256(candidate), forms={name: artifact_of(data) for name, data in every_form.items()}
         )
         store.put(f"{staging(run_id)}/export.json", exported.model_dump_json().encode())
-        return Receipts(run_id, manifest, training, exported, evaluate(store, run_id, manifest, exported))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("pipeline.probe.PATIENCE_S", 0.01)  # how fast a model is, is not what is tested
+            return Receipts(run_id, manifest, training, exported, evaluate(store, run_id, manifest, exported))
 
     return make
 

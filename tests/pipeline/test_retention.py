@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from time import sleep
 from typing import TYPE_CHECKING
 
 import pytest
@@ -147,8 +148,8 @@ def use(store: Store, trained: Trained, good_models: list[LeNet]) -> Store:
 
 
 @pytest.fixture
-def used(store: Store, trained: Trained, good_models: list[LeNet]) -> Store:
-    return use(store, trained, good_models)
+def used(store: Store, prepared: Callable[..., Store], trained: Trained, good_models: list[LeNet]) -> Store:
+    return prepared("runs old and new", store, lambda first: use(first, trained, good_models))
 
 
 def cleaned(store: Store, *, but: str = "young") -> Plan:
@@ -266,6 +267,19 @@ def test_a_run_that_became_a_version_meanwhile_stays(used: Store) -> None:
     assert "r1" not in {removal.run_id for removal in done.removals}
     assert done.kept["r1"] == "other version 1"
     verify_run(used, "r1")
+
+
+@pytest.mark.parametrize("written", ["staging/r10/lease.json", "runs/r10/model.onnx"])
+def test_a_run_that_went_on_meanwhile_stays(used: Store, written: str) -> None:
+    found = plan(gather(used), ALL, datetime.now(UTC) + LATER)
+    assert {"r1", "r10"} <= {removal.run_id for removal in found.removals}
+    sleep(1.1)  # S3 tells seconds
+    used.put(written, b"{}")
+    before = used.keys("staging/r10") + used.keys("runs/r10")
+    done = remove(used, found)
+    assert done.kept["r10"] == "written of since this was planned"
+    assert used.keys("staging/r10") + used.keys("runs/r10") == before
+    assert used.keys("staging/r1") == used.keys("runs/r1") == []
 
 
 def test_a_store_that_fails_says_so(local_store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
