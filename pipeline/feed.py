@@ -106,7 +106,7 @@ def read_unit(store: Store, unit: Unit, column: str, size: int, invert: Invert, 
     """The images of a unit, a few in memory at a time. Raises DataError for a file that is torn."""
     if not unit.groups:
         for keys in _chunks(unit.keys, READ_PICTURES):
-            images, bad = prepare_batch(pool, list(pool.map(store.read, keys)), size, invert)
+            images, bad = prepare_batch(pool, keys, store.read, size, invert)
             yield Slice(list(keys), np.zeros(len(keys), np.uint64), images, bad)
         return
     (key,) = unit.keys
@@ -133,7 +133,7 @@ def read_column(values: Any, size: int, invert: Invert, pool: Executor) -> tuple
         values = values.storage
     wrong = {int(index): "null" for index in np.flatnonzero(values.is_null().to_numpy(zero_copy_only=False))}
     if is_encoded(values.type):
-        images, bad = prepare_batch(pool, [value or b"" for value in values.to_pylist()], size, invert)
+        images, bad = prepare_batch(pool, values, lambda value: value.as_py() or b"", size, invert)
         return images, bad | wrong
     if not pa.types.is_fixed_size_binary(values.type):
         lengths = pc.list_value_length(values).fill_null(0).to_numpy(zero_copy_only=False)

@@ -3,11 +3,12 @@
 A model knows light objects on black, upright, small and square. A photo may be none of that.
 """
 
+import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -17,14 +18,16 @@ from pydantic import BaseModel, ConfigDict
 from pipeline.errors import DataError
 from pipeline.idx import Pixels
 from pipeline.own import BATCH, shown
-from pipeline.pictures import MIDDLE, open_picture
+from pipeline.pictures import MAX_PIXELS, MIDDLE, open_picture
 
 if TYPE_CHECKING:
     from pipeline.registry import Served
 
 Invert = Literal["auto", "yes", "no"]
+Name = TypeVar("Name")
 Probabilities = npt.NDArray[np.float64]
 THREADS = min(8, os.cpu_count() or 1)
+LONGEST = math.isqrt(MAX_PIXELS)
 
 
 class Prepared(NamedTuple):
@@ -102,29 +105,32 @@ def prepare_picture(encoded: Path | bytes, size: int, invert: Invert = "auto") -
     inverted = invert == "yes" or (invert == "auto" and background > MIDDLE)
     if grey.size == (size, size):
         return Prepared(_inverted(pixels) if inverted else pixels, inverted, None)
+    if max(grey.size) > LONGEST:  # to square one that is 200,000 pixels long takes 40 GB
+        width, height = (max(1, length * LONGEST // max(grey.size)) for length in grey.size)
+        grey = grey.resize((width, height), Image.Resampling.BILINEAR)
     side = max(grey.size)
     square = Image.new("L", (side, side), round(background))
     square.paste(grey, ((side - grey.width) // 2, (side - grey.height) // 2))
     # Pillow widens the filter when it shrinks.
     resized = np.asarray(square.resize((size, size), Image.Resampling.BILINEAR), np.uint8)
-    return Prepared(_inverted(resized) if inverted else resized, inverted, (grey.height, grey.width))
+    return Prepared(_inverted(resized) if inverted else resized, inverted, (pixels.shape[0], pixels.shape[1]))
 
 
 def prepare_batch(
-    pool: Executor, encoded: Sequence[Path | bytes], size: int, invert: Invert
+    pool: Executor, names: Sequence[Name], read: Callable[[Name], bytes], size: int, invert: Invert
 ) -> tuple[Pixels, dict[int, str]]:
-    """Pictures uint8 (n, size, size), prepared side by side; those that cannot be read are black, and named by index
-    with the reason."""
-    images = np.zeros((len(encoded), size, size), np.uint8)
+    """Pictures uint8 (n, size, size), read and prepared side by side; those that are none are black, and named by index
+    with the reason. As many as there are threads are in memory as they were read."""
+    images = np.zeros((len(names), size, size), np.uint8)
     bad: dict[int, str] = {}
 
     def prepare(index: int) -> None:
         try:
-            images[index] = prepare_picture(encoded[index], size, invert).image
+            images[index] = prepare_picture(read(names[index]), size, invert).image
         except DataError as error:
             bad[index] = str(error)
 
-    list(pool.map(prepare, range(len(encoded))))
+    list(pool.map(prepare, range(len(names))))
     return images, dict(sorted(bad.items()))
 
 

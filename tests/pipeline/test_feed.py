@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipeline import feed
+from pipeline import feed, predict
 from pipeline.errors import ConfigError, DataError
 from pipeline.feed import find_feed, read_column, read_unit, source_digest
 from pipeline.idx import Pixels
@@ -136,6 +136,22 @@ def test_pictures_in_units(tmp_path: Path, images: Pixels, pool: Executor, monke
     assert ([unit.keys for unit in alone.units], alone.whole, found.whole) == ([("c.png",)], False, True)
     some = find_feed(f"{tmp_path}/?.png", "image", 28)
     assert [unit.keys for unit in some.units] == [("b.png", "c.png", "d.png")]
+
+
+def test_no_more_pictures_are_held_than_are_decoded(
+    local_store: Store, images: Pixels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for row in range(4):
+        local_store.put(f"{row}.png", png(images[row]))
+    (unit,) = find_feed(local_store.url, "image", 28).units
+    events: list[str] = []
+    real_read, real_prepare = local_store.read, predict.prepare_picture
+    monkeypatch.setattr(local_store, "read", lambda key: events.append("read") or real_read(key))
+    monkeypatch.setattr(predict, "prepare_picture", lambda *all_: events.append("decoded") or real_prepare(*all_))
+    with ThreadPoolExecutor(1) as pool:
+        (part,) = read_unit(local_store, unit, "image", 28, "auto", pool)
+    assert np.array_equal(part.images, images[:4])
+    assert events == ["read", "decoded"] * 4
 
 
 def test_a_source_in_either_store(store: Store, images: Pixels, pool: Executor) -> None:

@@ -185,6 +185,19 @@ def test_any_picture_gives_an_image_of_the_size(height: int, width: int, size: i
         assert np.array_equal(prepared.image, 255 - plain if prepared.inverted else plain)
 
 
+@pytest.mark.parametrize("shape", [(200_000, 20), (1, 300_000)])
+def test_a_very_long_picture_takes_no_more_memory_than_a_large_one(shape: tuple[int, int]) -> None:
+    data = encoded(Image.new("L", shape[::-1], 7))
+    with pytest.MonkeyPatch.context() as patch:
+        sizes: list[tuple[int, int]] = []
+        new = Image.new
+        patch.setattr(Image, "new", lambda mode, size, *rest: sizes.append(size) or new(mode, size, *rest))
+        prepared = prepare_picture(data, 28)
+    assert sizes == [(8000, 8000)]
+    assert (prepared.image == 7).all()
+    assert prepared.resized_from == shape
+
+
 def test_photos_on_white_are_recognised_like_the_images(served: Served, small_splits: "Splits", tmp_path: Path) -> None:
     images, labels = (array[:100] for array in small_splits["test"])
     paths = [tmp_path / f"{row}.jpg" for row in range(100)]
