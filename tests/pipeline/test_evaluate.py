@@ -28,7 +28,8 @@ from pipeline.evaluate import (
     load_model,
     require_agreement,
 )
-from pipeline.predictions import read_predictions
+from pipeline.metrics import Tally
+from pipeline.predictions import decode_predictions, encode_predictions, read_predictions
 from pipeline.storage import Store, sha256
 from pipeline.train import staging
 
@@ -66,6 +67,22 @@ def test_a_candidate_is_exported_once_and_all_its_forms_are_judged_equal(
     assert len(found.robustness) == 12
     assert find_evaluation(store, "r") == found
     assert evaluate(store, "r", left.manifest, exported) == found
+
+
+def test_figures_are_those_of_the_predictions_that_are_kept(
+    local_store: Store, trained: Trained, good_models: list[LeNet]
+) -> None:
+    """An earlier attempt, on a machine that rounds otherwise, has left a part."""
+    left = trained(local_store, "r", model=good_models[-1])
+    key = f"{staging('r')}/predictions/00000.parquet"
+    first = decode_predictions(local_store.read(key))
+    local_store.put(key, encode_predictions(first.logits * np.float32(1 + 1e-6), first.labels, 0))
+    local_store.delete(f"{staging('r')}/evaluation.json")
+    found = evaluate(local_store, "r", left.manifest, left.exported)
+    tally = Tally(10)
+    for part in read_predictions(local_store, staging("r"), found.predictions):
+        tally.add(part.logits, part.labels, part.first_row)
+    assert found.loss == tally.verdict(left.manifest.classes).loss != left.evaluation.loss
 
 
 def test_predictions_of_every_row_are_kept(store: Store, trained: Trained, small_splits: "Splits") -> None:
