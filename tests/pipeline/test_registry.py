@@ -40,10 +40,14 @@ Trained = Callable[..., "Receipts"]
 
 
 @pytest.fixture
-def published(store: Store, trained: Trained, good_models: list[LeNet]) -> list[str]:
+def published(store: Store, prepared: Callable[..., Store], trained: Trained, good_models: list[LeNet]) -> list[str]:
     """Runs r0 to r3 in a store, each better than the one before."""
-    for number, model in enumerate(good_models):
-        trained(store, f"r{number}", model=model).publish(store)
+
+    def make(first: Store) -> None:
+        for number, model in enumerate(good_models):
+            trained(first, f"r{number}", model=model).publish(first)
+
+    prepared("four runs", store, make)
     return [f"r{number}" for number in range(len(good_models))]
 
 
