@@ -47,6 +47,9 @@ def compare(first: str, second: str, *, storage: Storage = DEFAULT_STORAGE) -> N
 
 
 def plain_console() -> Console:
-    """As wide as the terminal; where there is none, wide enough that a run stays on its line."""
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=PIPE_WIDTH)
+    """As wide as the terminal; where there is none, wide enough that a run stays on its line. Names of classes are
+    anybody's text, and no markup."""
+    console = Console(highlight=False, markup=False, emoji=False)
+    if not console.is_terminal:
+        console.width = PIPE_WIDTH
+    return console

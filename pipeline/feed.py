@@ -7,7 +7,7 @@ import fnmatch
 import hashlib
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -180,7 +180,8 @@ def _list(source: str) -> tuple[Store, bool, Iterator[_File]]:
         pattern = any(sign in name for sign in "*?")
         above = open_store(parent or slash or ".") if pattern or "." in name else None
         if above is not None and (pattern or above.exists(name)):
-            return above, False, (file for file in _files(above, deep=False) if fnmatch.fnmatchcase(file.key, name))
+            fits = partial(fnmatch.fnmatchcase, pat=name) if pattern else name.__eq__
+            return above, False, _files(above, deep=False, fits=fits)
         store = open_store(source)
     except ConfigError as error:  # which says "storage"
         raise ConfigError("source", source, error.args[2], ACCEPTED) from None
@@ -189,10 +190,11 @@ def _list(source: str) -> tuple[Store, bool, Iterator[_File]]:
     return store, True, _files(store, deep=True)
 
 
-def _files(store: Store, deep: bool) -> Iterator[_File]:
-    """All files that are not hidden, with what changes when they do; `deep` says whether those of folders too."""
+def _files(store: Store, deep: bool, fits: Callable[[str], bool] = lambda key: True) -> Iterator[_File]:
+    """All files of names that fit, but for hidden ones, with what changes when they do; `deep` says whether those of
+    folders too."""
     if isinstance(store, LocalStore):
-        yield from _walk(Path(store.root), Path(store.root), "", deep)
+        yield from _walk(Path(store.root), Path(store.root), "", deep, fits)
         return
     store.exists("")  # explains why, if the store is out of reach
     try:
@@ -201,16 +203,16 @@ def _files(store: Store, deep: bool) -> Iterator[_File]:
         raise StorageError(f"{store.url}: cannot be listed ({first_line(error)}); check the server") from error
     for path in sorted(found):
         key = path.removeprefix(store.root + "/")
-        if found[path]["type"] == "file" and not any(part.startswith(".") for part in key.split("/")):
+        if found[path]["type"] == "file" and fits(key) and not any(part.startswith(".") for part in key.split("/")):
             yield _File(key, f"{found[path]['size']} {found[path].get('ETag')}")
 
 
-def _walk(root: Path, folder: Path, prefix: str, deep: bool) -> Iterator[_File]:
+def _walk(root: Path, folder: Path, prefix: str, deep: bool, fits: Callable[[str], bool]) -> Iterator[_File]:
     """As `own.walk`, but a folder's names are all that is held: a million files are no reason for a gigabyte."""
     try:
         for name in sorted((path.name for path in folder.iterdir()), key=os.fsencode):
             path = folder / name
-            if name.startswith("."):
+            if name.startswith(".") or (not deep and not fits(name)):
                 continue
             if path.is_symlink():
                 check_inside(path, root)
@@ -220,7 +222,7 @@ def _walk(root: Path, folder: Path, prefix: str, deep: bool) -> Iterator[_File]:
                     continue
                 if path.is_symlink():
                     raise DataError(f"{shown(str(path))}: a link to a folder; put the folder there itself")
-                yield from _walk(root, path, f"{prefix}{name}/", deep)
+                yield from _walk(root, path, f"{prefix}{name}/", deep, fits)
             elif stat.S_ISREG(found.st_mode):
                 yield _File(prefix + name, f"{found.st_size} {found.st_mtime_ns}")
     except OSError as error:

@@ -271,16 +271,20 @@ def find_place(url: str) -> Place:
     Raises DataError for a version that is not there, ConfigError where there is no champion.
     """
     trimmed = re.sub(r"/(manifest|report|version|champion|decision)\.(json|html)$", "", url.rstrip("/"))
-    if found := re.fullmatch(r"(.*)/runs/([^/]+)", trimmed):
-        store = open_store(found[1])
+    # A store may lie in a folder of such a name, so what is in it decides; and it may be where we are.
+    if found := re.fullmatch(r"(?:(.*[^/])/)?runs/([^/]+)", trimmed):
+        store = open_store(found[1] or ".")
         if store.exists(f"{run_folder(found[2])}/manifest.json"):
             return Place(store, found[2], None)
-    if found := re.fullmatch(r"(.*)/models/([^/]+)/versions/(\d+)", trimmed):
-        store = open_store(found[1])
+    if found := re.fullmatch(r"(?:(.*[^/])/)?models/([^/]+)/versions/(\d+)", trimmed):
+        store = open_store(found[1] or ".")
         version = require_version(store, found[2], int(found[3]))
         return Place(store, version.run_id, version)
-    if found := re.fullmatch(r"(.*)/models/([^/]+)", trimmed):
-        return _champion_of(open_store(found[1]), found[2])
+    if found := re.fullmatch(r"(?:(.*[^/])/)?models/([^/]+)", trimmed):
+        store = open_store(found[1] or ".")
+        there = store.exists(champion_key(found[2])) or store.keys(f"models/{found[2]}/versions")
+        if there or not open_store(trimmed).keys("models"):
+            return _champion_of(store, found[2])
     return _champion_of(open_store(trimmed), DEFAULT_MODEL)
 
 

@@ -11,7 +11,7 @@ from playwright.sync_api import Browser, Page, sync_playwright
 from lenet.model import LeNet
 from pipeline.index import write_index
 from pipeline.registry import promote_by_hand, register
-from pipeline.storage import Store
+from pipeline.storage import open_store
 
 if TYPE_CHECKING:
     from tests.pipeline.conftest import Receipts
@@ -33,23 +33,27 @@ def browser() -> Iterator[Browser]:
         chromium.close()
 
 
-@pytest.fixture
-def report(local_store: Store, trained: Callable[..., "Receipts"], good_models: list[LeNet]) -> Path:
+@pytest.fixture(scope="module")
+def report(
+    tmp_path_factory: pytest.TempPathFactory, trained: Callable[..., "Receipts"], good_models: list[LeNet]
+) -> Path:
     """The page of a published run."""
-    trained(local_store, "r", model=good_models[-1]).publish(local_store)
-    return Path(local_store.path("runs/r/report.html"))
+    store = open_store(str(tmp_path_factory.mktemp("report")))
+    trained(store, "r", model=good_models[-1]).publish(store)
+    return Path(store.path("runs/r/report.html"))
 
 
-@pytest.fixture
-def index(local_store: Store, trained: Callable[..., "Receipts"]) -> Path:
+@pytest.fixture(scope="module")
+def index(tmp_path_factory: pytest.TempPathFactory, trained: Callable[..., "Receipts"]) -> Path:
     """The page of a store with three versions, one the champion, and a run that is none; one name is long."""
+    store = open_store(str(tmp_path_factory.mktemp("index")))
     for number, name in enumerate(("a", f"{'long-' * 20}name", "c", "other")):
-        trained(local_store, name, seed=number).publish(local_store)
+        trained(store, name, seed=number).publish(store)
         if name != "other":
-            register(local_store, "lenet", name)
-    promote_by_hand(local_store, "lenet", 2)
-    write_index(local_store)
-    return Path(local_store.path("index.html"))
+            register(store, "lenet", name)
+    promote_by_hand(store, "lenet", 2)
+    write_index(store)
+    return Path(store.path("index.html"))
 
 
 class Visit:

@@ -168,6 +168,19 @@ def test_a_source_in_either_store(store: Store, images: Pixels, pool: Executor) 
     assert source_digest(store.locate("in")) != found.digest
 
 
+def test_one_file_is_that_file_whatever_lies_beside_it(tmp_path: Path, images: Pixels) -> None:
+    for row, name in enumerate(("a[1].png", "a1.png")):
+        (tmp_path / name).write_bytes(png(images[row]))
+    (tmp_path / "elsewhere").symlink_to("/usr/share")
+    (tmp_path / "passwd").symlink_to("/etc/passwd")
+    for name in ("a[1].png", "a1.png"):
+        (unit,) = find_feed(str(tmp_path / name), "image", 28).units
+        assert unit.keys == (name,)
+    assert find_feed(f"{tmp_path}/a?.png", "image", 28).units[0].keys == ("a1.png",)
+    with pytest.raises(DataError, match="a link out of the source"):
+        find_feed(str(tmp_path), "image", 28)
+
+
 def test_the_digest_tells_one_state_of_a_source_from_another(tmp_path: Path, images: Pixels) -> None:
     source, other = str(tmp_path), tmp_path / "other.png"
     (tmp_path / "a.png").write_bytes(png(images[0]))

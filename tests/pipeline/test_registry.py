@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -192,6 +193,27 @@ def test_every_url_finds_its_model(
         assert (served.version is None) == ("/runs/" in tail)
         assert open_model(served.url).place == served.place
         assert np.array_equal(served.predict(images), predictor(good_models[int(run_id[1])])(images))
+
+
+def test_a_store_may_have_any_name_and_be_where_we_are(
+    tmp_path: Path, trained: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store(str(tmp_path / "models" / "store"))
+    trained(store, "r", seed=0).publish(store)
+    register(store, "lenet", "r")
+    promote_by_hand(store, "lenet", 1)
+    monkeypatch.chdir(store.root)
+    for url in (store.root, f"{store.root}/models/lenet", ".", "models/lenet", "models/lenet/versions/1", "runs/r"):
+        found = find_place(url)
+        assert (found.run_id, found.store.root) == ("r", store.root), url
+
+
+def test_a_bucket_may_be_named_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr("pipeline.registry.open_store", lambda url: asked.append(url) or open_store("nowhere"))
+    with pytest.raises(ConfigError, match="there is no champion of lenet"):
+        find_place("s3://models/prefix")
+    assert asked == ["s3://models/prefix"]
 
 
 def test_a_url_with_nothing_there_says_so(store: Store, published: list[str]) -> None:
