@@ -52,8 +52,8 @@ def render_card(report: Report) -> str:
         f"LeNet, {sum(layer.parameters for layer in report.layers):,} parameters, trained on "
         f"{_text(report.dataset.name)}. Test accuracy **{evaluation.accuracy:.2%}** (95% interval "
         f"{evaluation.accuracy_low:.2%} to {evaluation.accuracy_high:.2%}, {evaluation.images:,} images). "
-        f"{'It became the champion' if report.comparison.promoted else 'It did not become the champion'}: "
-        f"{_text('; '.join(report.comparison.reasons))}.",
+        f"When it was published, the rule spoke {'for' if report.comparison.promoted else 'against'} making it the "
+        f"champion: {_text('; '.join(report.comparison.reasons))}. What was decided then is in the registry.",
         "## Use",
         f"All forms take float32 images (batch, 1, {side}, {side}), light objects on black, with pixels from 0 to 1, "
         "and give logits (batch, classes), the classes in this order: " + ", ".join(map(_text, names)) + ".",

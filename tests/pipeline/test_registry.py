@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
+from flows.models import models
 from lenet.model import LeNet
 from pipeline.artifacts import SAFETENSORS, predictor
 from pipeline.errors import ConfigError, DataError
 from pipeline.predictions import read_predictions
-from pipeline.promotion import PromoteConfig
+from pipeline.promotion import Comparison, PromoteConfig
 from pipeline.publish import run_folder
 from pipeline.registry import (
     champion_key,
@@ -249,3 +250,15 @@ def test_names_in_the_registry_are_those_of_the_contract(store: Store, published
         "models/lenet/versions/1/decision.json",
         "models/lenet/versions/1/version.json",
     ]
+
+
+@pytest.mark.parametrize("store", ["local"], indirect=True)
+def test_names_of_classes_are_no_markup_in_the_list(
+    store: Store, published: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    reason = "F1 of [background] falls, F1 of [/x] falls, F1 of :boot: falls"
+    decision = Comparison(promoted=False, reasons=[reason])
+    register(store, "lenet", published[0])
+    store.put("models/lenet/versions/1/decision.json", decision.model_dump_json().encode())
+    models(storage=store.url)
+    assert reason in capsys.readouterr().out
