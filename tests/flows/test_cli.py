@@ -102,3 +102,8 @@ def test_a_mistake_in_another_command_costs_a_line_too(
 ) -> None:
     assert lenet(*arguments.split(), "--storage", str(tmp_path)) == exit_code
     assert_one_line(capsys, message)
+
+
+def test_an_age_that_no_calendar_holds_is_refused_in_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert lenet("gc", "--older-than-hours", "1e12") == 2
+    assert_one_line(capsys, 'Invalid value "1000000000000.0" for --older-than-hours. Must be <= 876000.')
