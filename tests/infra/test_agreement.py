@@ -24,7 +24,7 @@ def words(command: list[str]) -> tuple[str, ...]:
 
 
 def options(command: list[str]) -> set[str]:
-    return {word.partition("=")[0] for word in command if word.startswith("-")}
+    return {word.partition("=")[0] for word in command if word.startswith("-") and word != "-m"}
 
 
 def used_options(of: tuple[str, ...]) -> set[str]:
