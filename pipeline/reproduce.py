@@ -44,8 +44,12 @@ def reproduce(
         raise DataError(f"{store.locate(staging(run_id))}: no finished training; lenet runs lists the runs")
     record = run.read_record(store, run_id)
     again = f"{run_id[: NAME_LENGTH - 15]}-again-{uuid.uuid4().hex[:8]}"
-    given = {name: value for name, value in record.parameters.items() if name in run.RunConfig.model_fields}
-    given |= {"storage": store.url, "run_id": again, "workers": training.world_size, "ray_address": ray_address}
+    given = record.given() | {
+        "storage": store.url,
+        "run_id": again,
+        "workers": training.world_size,
+        "ray_address": ray_address,
+    }
     config = run.begin(config_of(given, run.RunConfig), again)
     try:
         manifest = run.shard(config, run.download(config))

@@ -24,6 +24,7 @@ import pipeline.publish
 import pipeline.registry
 import pipeline.train
 from lenet.model import LeNet
+from lenet.recipe import RECIPES
 from pipeline import imports
 from pipeline.artifacts import encode_onnx
 from pipeline.catalog import CATALOG
@@ -93,6 +94,14 @@ class RunRecord(BaseModel):
     parameters: dict[str, Any]
     versions: dict[str, str]
     lineage: dict[str, str] = {}
+
+    def given(self) -> dict[str, Any]:
+        """The parameters that there are today, but for a recipe's file: its values are here, and it may be gone."""
+        return {
+            name: value
+            for name, value in self.parameters.items()
+            if name in RunConfig.model_fields and (name != "recipe" or value in RECIPES)
+        }
 
 
 def check(config: RunConfig) -> Store:

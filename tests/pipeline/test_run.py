@@ -106,6 +106,18 @@ def test_a_job_has_all_of_a_recipe_whose_file_is_not_where_it_runs(
     assert (there.run_id, there.storage) == ("r", config.storage)
 
 
+def test_the_record_has_all_of_a_recipe_whose_file_is_gone(tmp_path: Path) -> None:
+    file = tmp_path / "mine.json"
+    file.write_bytes(encode_recipe(varied(RECIPES["modern"], {"lr": 0.03, "shift": 1})))
+    config = run.begin(config_of({"storage": str(tmp_path), "recipe": str(file), "epochs": 5}), "r")
+    before = config.resolved()
+    file.unlink()
+    given = run.read_record(open_store(str(tmp_path)), "r").given()
+    assert varied(config_of(given).resolved(), {"name": before.name}) == before
+    run.begin(config_of({"storage": str(tmp_path), "recipe": "modern"}), "other")
+    assert run.read_record(open_store(str(tmp_path)), "other").given()["recipe"] == "modern"
+
+
 def test_the_record_names_the_code_and_the_packages(tmp_path: Path) -> None:
     run.begin(config_of({"storage": str(tmp_path)}), "r")
     record = run.read_record(open_store(str(tmp_path)), "r")
