@@ -9,7 +9,6 @@ import os
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -22,9 +21,9 @@ from prefect.events.schemas.automations import AutomationCore
 from prefect.exceptions import ObjectNotFound
 from prefect.settings import get_current_settings
 
+from infra.stack import BIN, ROOT
 from pipeline.errors import ClusterError, ConfigError, PipelineError, first_line
 
-ROOT = Path(__file__).parents[1]
 # Prefect's own template of a pool, but for the command: flows/engine.py says why.
 POOL = ROOT / "infra" / "work-pool.json"
 AUTOMATIONS = ROOT / "infra" / "automations.yaml"
@@ -91,7 +90,7 @@ def _deploy_all(content: dict[str, Any]) -> None:
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
         yaml.safe_dump(content, file)
         file.flush()
-        command = [str(Path(sys.executable).parent / "prefect"), "--no-prompt", "deploy", "--all"]
+        command = [str(BIN / "prefect"), "--no-prompt", "deploy", "--all"]
         command += ["--prefect-file", file.name]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     if done.returncode:

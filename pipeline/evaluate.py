@@ -145,9 +145,8 @@ def evaluate(
         name = f"predictions/{number:05d}.parquet"
         data = store.keep(f"{staging(run_id)}/{name}", part.predictions)
         predictions[name] = artifact_of(data)
-        if (
-            data != part.predictions
-        ):  # an earlier attempt's, perhaps of another kind of CPU: its figures are what counts
+        # An earlier attempt's, perhaps by another kind of CPU: its figures are what counts.
+        if data != part.predictions:
             kept = decode_predictions(data)
             part.tally = Tally(len(manifest.classes))
             part.tally.add(kept.logits, kept.labels, kept.first_row)

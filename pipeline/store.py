@@ -82,12 +82,6 @@ class Store:
         """All files under the folder `prefix`, those of writers that were killed too, at the cost of a listing."""
         raise NotImplementedError
 
-    def modified(self, key: str) -> datetime:
-        """When the object was written, in UTC."""
-        with self._explained(key):
-            modified: datetime = self.fs.modified(self.path(key))
-        return modified.astimezone(UTC)
-
     def leftovers(self) -> list[str]:
         """Keys of what is no object: probes and temporary files of writers that were killed."""
         return [key for key in self.keys("") if key.startswith(".probe-")]

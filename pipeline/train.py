@@ -161,7 +161,8 @@ def _take_up(store: Store, folder: str) -> str | None:
     """
     states = f"{folder}/{RAY_FOLDER}"
     found: list[tuple[Position, str]] = []
-    for key in store.keys(states):
+    keys = store.keys(states)
+    for key in keys:
         try:
             if key.endswith(FILE_NAME):
                 found.append((read_state(store.read(key))[1], key))
@@ -172,7 +173,7 @@ def _take_up(store: Store, folder: str) -> str | None:
     position, newest = max(found, key=lambda each: (each[0].epoch, each[0].step))
     tell_epochs(store, folder, position.history)
     kept = newest.removeprefix(f"{states}/").partition("/")[0]
-    for name in {key.removeprefix(f"{states}/").partition("/")[0] for key in store.keys(states)} - {kept}:
+    for name in {key.removeprefix(f"{states}/").partition("/")[0] for key in keys} - {kept}:
         store.delete(f"{states}/{name}")
     return newest
 

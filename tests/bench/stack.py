@@ -64,10 +64,8 @@ class Drill:
 
     def limit(self, runs: int) -> None:
         """How many flow runs of the deployment may go at once."""
-        api = self.running.env()["PREFECT_API_URL"]
-        deployment = httpx.get(f"{api}/deployments/name/{DEPLOYMENT}", timeout=30).json()
-        body = {"concurrency_limit": runs}
-        httpx.patch(f"{api}/deployments/{deployment['id']}", json=body, timeout=30).raise_for_status()
+        url = f"{self.running.env()['PREFECT_API_URL']}/deployments/{self.running.deployment()['id']}"
+        httpx.patch(url, json={"concurrency_limit": runs}, timeout=30).raise_for_status()
 
     def ended(self, count: int) -> list[dict[str, Any]]:
         """The newest flow runs, once so many have ended."""

@@ -113,9 +113,9 @@ def test_the_same_store_gives_the_same_bytes_and_no_write(store: Store) -> None:
     register(store, "lenet", announce(store, "r"))
     promote_by_hand(store, "lenet", 1)
     write_index(store)
-    before, written = store.read(INDEX), store.modified(INDEX)
+    before, written = store.read(INDEX), store.listing("")[INDEX].written
     write_index(store)
-    assert (store.read(INDEX), store.modified(INDEX)) == (before, written)
+    assert (store.read(INDEX), store.listing("")[INDEX].written) == (before, written)
 
 
 def test_ten_publishers_at_once_leave_an_index_of_all(store: Store) -> None:

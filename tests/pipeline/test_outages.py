@@ -79,7 +79,8 @@ def test_the_s3_server_stopped_for_10_seconds_in_mid_epoch_is_waited_for(
         config = SMALL_RUN.model_copy(update={"epochs": 40})
         training = fit(store, "outage", manifest, config, cluster, STREAMING, begin_outage)
         back = outages[0].result()
-        after = [key for key in store.keys(f"{staging('outage')}/{PROGRESS}") if store.modified(key) > back]
+        told = store.listing(f"{staging('outage')}/{PROGRESS}")
+        after = [key for key, file in told.items() if file.written > back]
         copy = copied(store, open_store(str(tmp_path)), manifest)
         spared = fit(copy, "spared", manifest, config, cluster, STREAMING)
     assert [epoch.epoch for epoch in training.history] == list(range(1, 41))
