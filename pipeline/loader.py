@@ -128,7 +128,7 @@ class ResidentLoader:
             start, stop = order.slice(step, place.rank, place.world_size)
             rows = every_row[start:stop]
             size = batch_at(step, order.rows, place.global_batch_size)
-            yield Batch(self.images[rows], self.labels[rows], rows, size)
+            yield Batch(self.images.index_select(0, rows), self.labels.index_select(0, rows), rows, size)
 
 
 @dataclass(frozen=True)

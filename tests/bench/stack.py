@@ -18,6 +18,7 @@ from typing import Any
 
 import httpx
 import numpy as np
+from prefect.client.schemas.actions import DeploymentUpdate
 
 from pipeline.download import SourceConfig, fetch
 from pipeline.errors import PipelineError
@@ -64,8 +65,8 @@ class Drill:
 
     def limit(self, runs: int) -> None:
         """How many flow runs of the deployment may go at once."""
-        url = f"{self.running.env()['PREFECT_API_URL']}/deployments/{self.running.deployment()['id']}"
-        httpx.patch(url, json={"concurrency_limit": runs}, timeout=30).raise_for_status()
+        with self.running.client() as client:
+            client.update_deployment(self.running.deployment()["id"], DeploymentUpdate(concurrency_limit=runs))
 
     def ended(self, count: int) -> list[dict[str, Any]]:
         """The newest flow runs, once so many have ended."""

@@ -3,11 +3,16 @@
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 import psutil
+from prefect import get_client
+from prefect.client.orchestration import SyncPrefectClient
+from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from infra.__main__ import _found
 from infra.stack import MARK
@@ -47,10 +52,19 @@ class Running:
         found: dict[str, Any] = httpx.get(url, timeout=30).raise_for_status().json()
         return found
 
+    @contextmanager
+    def client(self) -> Iterator[SyncPrefectClient]:
+        """Prefect's own, for what changes something: it asks again when another writes to SQLite (503)."""
+        with temporary_settings({PREFECT_API_URL: self.env()["PREFECT_API_URL"]}):
+            with get_client(sync_client=True) as client:
+                yield client
+
     def submit(self, job_variables: dict[str, Any] | None = None, **parameters: object) -> None:
         """A flow run of the training, as the UI asks for it."""
-        body = {"parameters": parameters, "state": {"type": "SCHEDULED"}, "job_variables": job_variables or {}}
-        self.ask(f"/deployments/{self.deployment()['id']}/create_flow_run", **body)
+        with self.client() as client:
+            client.create_flow_run_from_deployment(
+                self.deployment()["id"], parameters=parameters, job_variables=job_variables
+            )
 
     def run(self, name: str, *parameters: str) -> None:
         """A deployment's flow, to its end; a failed test with all that was logged when it does not complete."""
@@ -62,7 +76,7 @@ class Running:
             raise AssertionError("\n".join([said, *(f"{line['timestamp']} {line['message']}" for line in logs)]))
 
     def ask(self, path: str, **body: object) -> Any:
-        """Prefect's API."""
+        """What Prefect's API says; nothing is changed by it."""
         return httpx.post(f"{self.env()['PREFECT_API_URL']}{path}", json=body, timeout=30).raise_for_status().json()
 
     def flow_run(self) -> dict[str, Any]:

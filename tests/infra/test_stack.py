@@ -94,9 +94,9 @@ def test_a_deployment_has_the_form_of_the_command_line_and_a_schedule_that_is_of
 def switch_schedule(stack: Running, on: bool) -> list[dict[str, Any]]:
     """As a click in the UI does it; the schedules as they were."""
     deployment = stack.deployment()
-    for schedule in deployment["schedules"]:
-        url = f"{stack.env()['PREFECT_API_URL']}/deployments/{deployment['id']}/schedules/{schedule['id']}"
-        httpx.patch(url, json={"active": on}, timeout=30).raise_for_status()
+    with stack.client() as client:
+        for schedule in deployment["schedules"]:
+            client.update_deployment_schedule(deployment["id"], schedule["id"], active=on)
     return list(deployment["schedules"])
 
 
