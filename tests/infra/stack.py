@@ -55,9 +55,9 @@ class Running:
     @contextmanager
     def client(self) -> Iterator[SyncPrefectClient]:
         """Prefect's own, for what changes something: it asks again when another writes to SQLite (503)."""
-        with temporary_settings({PREFECT_API_URL: self.env()["PREFECT_API_URL"]}):
-            with get_client(sync_client=True) as client:
-                yield client
+        url = self.env()["PREFECT_API_URL"]
+        with temporary_settings({PREFECT_API_URL: url}), get_client(sync_client=True) as client:
+            yield client
 
     def submit(self, job_variables: dict[str, Any] | None = None, **parameters: object) -> None:
         """A flow run of the training, as the UI asks for it."""
