@@ -12,6 +12,7 @@ from rich.table import Table
 
 from flows.options import DEFAULT_STORAGE, Storage, option
 from flows.parameters import with_parameters
+from flows.runs import plain_console
 from pipeline.catalog import CATALOG
 from pipeline.config import config_of
 from pipeline.contact import contact_sheet, render_html, render_png
@@ -26,7 +27,7 @@ data = App(name="data", help="Datasets: list, prepare, verify, show.")
 @data.command(name="list")
 def list_datasets(*, storage: Storage = DEFAULT_STORAGE) -> None:
     """List the catalogue, and the dataset versions in the store."""
-    console = Console()
+    console = plain_console()
     catalogue = Table("catalogue", "classes", "licence", "homepage", box=None)
     for entry in CATALOG.values():
         catalogue.add_row(entry.name, str(len(entry.classes)), entry.licence, entry.homepage)

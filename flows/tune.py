@@ -30,4 +30,5 @@ def tune(**parameters: Any) -> None:
             f"{trial.accuracy:.4f}", str(trial.epochs), *(f"{trial.parameters[name]:.4g}" for name in config.vary)
         )
     console.print(table)
-    console.print(f"recipe: {config.output} · use it with: lenet train --recipe {config.output}", soft_wrap=True)
+    use = f"recipe: {config.output} · use it with: lenet train --recipe {config.output}"
+    console.print(use, soft_wrap=True, markup=False)

@@ -1,7 +1,8 @@
 """`python -m infra.deploy`: what Prefect has to know before it runs anything: work pool, deployments and automation.
 
 Where runs are published and where Ray is, the deployments learn from LENET_STORAGE and LENET_RAY_ADDRESS; without the
-latter each run starts Ray for itself. A second time does no harm: a schedule that was switched on or off stays so.
+latter each run starts Ray for itself. A second time leaves alone what was set in Prefect meanwhile: schedules,
+parameters that prefect.yaml does not have, whether the pool is paused and the automation enabled.
 """
 
 import json
@@ -9,23 +10,23 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from typing import Any
 
 import httpx
 import yaml
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
 from prefect.client.schemas.responses import DeploymentResponse
-from prefect.client.schemas.schedules import CronSchedule
 from prefect.events.schemas.automations import AutomationCore
-from prefect.exceptions import ObjectNotFound
+from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 from prefect.settings import get_current_settings
 
 from infra.stack import BIN, ROOT
 from pipeline.errors import ClusterError, ConfigError, PipelineError, first_line
 
 # Prefect's own template of a pool, but for the command: flows/engine.py says why.
-POOL = ROOT / "infra" / "work-pool.json"
+POOL, TEMPLATE = "lenet", ROOT / "infra" / "work-pool.json"
 AUTOMATIONS = ROOT / "infra" / "automations.yaml"
 STORAGE, RAY_ADDRESS = "LENET_STORAGE", "LENET_RAY_ADDRESS"
 # Parameters of each deployment, and the variables that they come from.
@@ -44,22 +45,16 @@ def deploy() -> None:
         raise ConfigError(STORAGE, "", "is not set", "say where runs are published, e.g. s3://bucket/prefix")
     try:
         with get_client(sync_client=True) as client:
-            pool = WorkPoolCreate(name="lenet", type="process", base_job_template=json.loads(POOL.read_text()))
-            client.create_work_pool(pool, overwrite=True)
+            _make_pool(client)
             content = yaml.safe_load((ROOT / "prefect.yaml").read_text())
-            for deployment in content["deployments"]:
-                deployment.setdefault("parameters", {}).update(
-                    {
-                        field: given
-                        for field, name in PARAMETERS[deployment["name"]].items()
-                        if (given := os.getenv(name))
-                    }
-                )
-                keep_switches(deployment, _there_is(client, deployment["name"]))
+            content["deployments"] = [
+                merged(entry, _there_is(client, entry["name"]), os.environ) for entry in content["deployments"]
+            ]
             _deploy_all(content)
             # Prefect would take an automation of the same name a second time: those of a version before go first.
             for automation in yaml.safe_load(AUTOMATIONS.read_text())["automations"]:
                 for old in client.read_automations_by_name(automation["name"]):
+                    automation["enabled"] = automation["enabled"] and old.enabled
                     client.delete_automation(old.id)
                 client.create_automation(AutomationCore.model_validate(automation))
     except httpx.HTTPError as error:
@@ -67,15 +62,24 @@ def deploy() -> None:
         raise ClusterError(f"{url}: {first_line(error)}; check that Prefect is up") from error
 
 
-def keep_switches(deployment: dict[str, Any], there_is: DeploymentResponse | None) -> None:
-    """Let the schedules of an entry of prefect.yaml be on or off as the same ones are at the server."""
-    now = {
-        (schedule.schedule.cron, schedule.schedule.timezone): schedule.active
-        for schedule in (there_is.schedules if there_is else [])
-        if isinstance(schedule.schedule, CronSchedule)
-    }
-    for schedule in deployment.get("schedules", []):
-        schedule["active"] = now.get((schedule["cron"], schedule["timezone"]), schedule["active"])
+def merged(
+    entry: dict[str, Any], there_is: DeploymentResponse | None, environment: Mapping[str, str]
+) -> dict[str, Any]:
+    """A deployment's entry of prefect.yaml, with what the environment says, and what was set at the server."""
+    given = {field: value for field, name in PARAMETERS[entry["name"]].items() if (value := environment.get(name))}
+    theirs = there_is.parameters if there_is else {}
+    result = entry | {"parameters": theirs | entry.get("parameters", {}) | given}
+    if there_is and there_is.schedules:
+        result.pop("schedules", None)  # Prefect keeps what it has where it is given none
+    return result
+
+
+def _make_pool(client: SyncPrefectClient) -> None:
+    template = json.loads(TEMPLATE.read_text())
+    try:
+        client.create_work_pool(WorkPoolCreate(name=POOL, type="process", base_job_template=template))
+    except ObjectAlreadyExists:
+        client.update_work_pool(POOL, WorkPoolUpdate(base_job_template=template))
 
 
 def _there_is(client: SyncPrefectClient, name: str) -> DeploymentResponse | None:

@@ -38,6 +38,7 @@ CONNECT_TIMEOUT_S, READ_TIMEOUT_S = 5, 30
 POLL_S = 0.5
 OUTAGE_S = 60  # how long a head that does not answer is waited for, once it has
 STOP_S = 8  # how long a job may take to end by itself, a training to leave its checkpoint, before it is stopped
+DYING_S = 20  # a job that is stopped so soon after it was found was being stopped already
 LOST_JOBS = 3  # how many jobs of one work may vanish with the head they ran on
 CODE = ("lenet", "pipeline")
 # What decides the numbers, beside the code that comes with the job.
@@ -137,7 +138,7 @@ def run_job(address: str, work: Work[Result]) -> Result:
     lost = 0
     while (done := work.find()) is None:
         client = connect(address)
-        begun = _find(client, work)
+        begun, looked = _find(client, work), time.monotonic()
         job = begun or _submit(client, work)
         log.info("following job %s", job)
         with work.followed(), _stopped_with_us(client, work, job):
@@ -149,7 +150,8 @@ def run_job(address: str, work: Work[Result]) -> Result:
             log.warning("the head has forgotten job %s; submitting another", job)
         elif status != JobStatus.SUCCEEDED:
             error = _error(client, job, status)
-            if begun is None or not (status == JobStatus.STOPPED or isinstance(error, Terminated)):
+            stopped = status == JobStatus.STOPPED or isinstance(error, Terminated)
+            if begun is None or not stopped or time.monotonic() - looked > DYING_S:
                 raise error
             log.warning("job %s was being stopped when it was found; submitting another", job)
         elif work.find() is None:

@@ -146,7 +146,9 @@ def _splits(root: Path) -> dict[str, Path]:
         split = name.lower()
         if split in SPLITS and (name == split or _folders(root / name)):
             found.setdefault(split, root / name)
-    return found if "train" in found or (root / "test") in found.values() else {}
+    if "train" not in found and (root / "test") not in found.values():
+        return {}
+    return {split: found[split] for split in SPLITS if split in found}
 
 
 def _folders(root: Path) -> list[str]:

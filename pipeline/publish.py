@@ -8,6 +8,8 @@
 A reader starts at a manifest or at latest.json and sees all of a run or nothing of it.
 """
 
+import functools
+import importlib.metadata
 import logging
 from collections.abc import Mapping
 from datetime import datetime
@@ -34,6 +36,7 @@ EVENTS = "events.out.tfevents.lenet"  # TensorBoard looks for tfevents
 CARD = "README.md"  # where model hubs look for it
 LATEST = "runs/latest.json"
 LATEST_ATTEMPTS = 50
+DRAWN_WITH = ("jinja2", "matplotlib", "numpy", "pillow", "huggingface_hub")
 
 
 class Headline(BaseModel):
@@ -52,8 +55,8 @@ class Headline(BaseModel):
 class RunManifest(BaseModel):
     """What a published run consists of, by name beside the manifest, and what names its content.
 
-    `test_digest` names the images it was judged by, `dataset_folder` is the key of the dataset they are from. Runs of
-    before there was a headline have none.
+    `test_digest` names the images it was judged by, `dataset_folder` is the key of the dataset they are from, `made_by`
+    is `code_of_pages` of whoever published. Runs of before there was a headline have none, nor that.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -68,6 +71,7 @@ class RunManifest(BaseModel):
     classes: tuple[str, ...] = ()
     image_shape: tuple[int, int] = (28, 28)
     headline: Headline | None = None
+    made_by: str = ""
     artifacts: dict[str, Artifact]
 
 
@@ -141,6 +145,7 @@ def publish(
             classes=manifest.classes,
             image_shape=manifest.image_shape,
             headline=headline_of(report),
+            made_by=code_of_pages(),
             artifacts=artifacts,
         )
         store.keep(f"{folder}/manifest.json", content.model_dump_json(indent=2).encode())
@@ -195,6 +200,16 @@ def headline_of(report: Report) -> Headline:
         accuracy_low=report.evaluation.accuracy_low,
         accuracy_high=report.evaluation.accuracy_high,
     )
+
+
+@functools.cache
+def code_of_pages() -> str:
+    """What decides, beside a report, the bytes of its page and card: this package and those that it draws with. SHA-256
+    in hex."""
+    own = sorted(file for file in Path(__file__).parent.iterdir() if file.suffix in (".py", ".j2"))
+    parts = [f"{file.name} {sha256(file.read_bytes())}" for file in own]
+    parts += [f"{name} {importlib.metadata.version(name)}" for name in DRAWN_WITH]
+    return sha256("\n".join(parts).encode())
 
 
 def copy_run(store: Store, run_id: str, output: Path) -> list[Path]:

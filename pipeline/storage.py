@@ -142,8 +142,11 @@ def split_url(url: str, field: str) -> SplitResult:
         parts = urlsplit(url)
     except ValueError as error:
         raise ConfigError(field, url, f"not a URL ({error})", "check its host and brackets") from None
-    # A secret may hold a "/", "?" or "#", so the "@" after it need not be in what urlsplit takes for the host.
-    if "@" in parts.netloc or (":" in parts.netloc and "@" in url):
+    # A secret may hold a "/", "?" or "#", so the "@" after it need not be in what urlsplit takes for the host. After
+    # the port of a web server, it is one of the path.
+    _, colon, port = parts.netloc.rpartition(":")
+    has_port = parts.scheme in ("http", "https") and port.isdigit()
+    if "@" in parts.netloc or (colon and not has_port and "@" in url):
         hidden = f"{parts.scheme}://…@{url.rpartition('@')[2]}"
         remedy = "use AWS_*" if parts.scheme == "s3" else "use a URL without"
         raise ConfigError(field, hidden, "credentials do not belong in a URL", remedy)

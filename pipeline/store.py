@@ -25,6 +25,8 @@ from pipeline.errors import StorageError
 # What a person has to see to before it is worth trying again: no room, no quota, no writing at all.
 LASTING = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 
+# Where file systems keep what they mend, at their root, and nobody but root may look.
+LOST_AND_FOUND = "lost+found"
 _TEMPORARY = re.compile(r"(^|/)\.[^/]+\.(tmp|lock)$")
 
 
@@ -183,7 +185,8 @@ class LocalStore(Store):
             with self._explained(folder.removeprefix(self.root + "/")), missing, os.scandir(folder) as entries:
                 for entry in entries:
                     if entry.is_dir(follow_symlinks=False):
-                        folders.append(entry.path)
+                        if entry.name != LOST_AND_FOUND:
+                            folders.append(entry.path)
                     elif entry.is_file(follow_symlinks=False):
                         with contextlib.suppress(FileNotFoundError):
                             stat = entry.stat()
@@ -195,8 +198,11 @@ class LocalStore(Store):
         path = Path(self.path(prefix))
         with self._explained(prefix):
             while path.is_dir() and not path.is_symlink():
-                with contextlib.suppress(FileNotFoundError):  # another was quicker with a part of it
+                try:
                     shutil.rmtree(path)
+                except OSError as error:  # another deletes here too, or still writes
+                    if error.errno not in (errno.ENOENT, errno.ENOTEMPTY):
+                        raise
             path.unlink(missing_ok=True)
 
     def keys(self, prefix: str) -> list[str]:

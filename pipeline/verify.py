@@ -17,10 +17,18 @@ from pipeline.errors import DataError
 from pipeline.evaluate import TOLERANCE, JudgeShard, ShardVerdict, apart, load_model, require_agreement
 from pipeline.metrics import Logits, Tally, Verdict
 from pipeline.predictions import decode_predictions, digest_of_rows, read_predictions
-from pipeline.publish import CARD, FORMAT_VERSION, RunManifest, headline_of, read_report, run_folder, verify_run
+from pipeline.publish import (
+    CARD,
+    FORMAT_VERSION,
+    RunManifest,
+    code_of_pages,
+    headline_of,
+    read_report,
+    run_folder,
+    verify_run,
+)
 from pipeline.registry import check_version, find_place
 from pipeline.report import Report, facts_of, layers_of, render_html
-from pipeline.run import lineage, versions
 from pipeline.shards import Manifest, pick_images, require_manifest
 from pipeline.storage import Store
 
@@ -148,7 +156,12 @@ def _predict_again(store: Store, run: RunManifest, dataset: Manifest, report: Re
     if digest_of_rows(total.rows_digest, dataset) != run.test_digest:
         raise DataError(f"{store.locate(folder)}: was judged by other test images than the dataset's; do not use it")
     require_agreement(total.differences)
-    for name, form in report.evaluation.forms.items():
+    evaluation = report.evaluation
+    files = {name: part for name, part in run.artifacts.items() if name.startswith("predictions/")}
+    if evaluation.forms.keys() != set(FORMS) or evaluation.predictions != files:
+        where = f"{store.locate(folder)}/report.json"
+        raise DataError(f"{where}: its forms or predictions are not the manifest's; do not use the run")
+    for name, form in evaluation.forms.items():
         made = {
             "bytes": run.artifacts[name].bytes,
             "sha256": run.artifacts[name].sha256,
@@ -173,8 +186,7 @@ def _render_again(store: Store, run: RunManifest, dataset: Manifest, report: Rep
     other = [name for name, text in again.items() if artifact_of(text.encode()) != run.artifacts[name]]
     if not other:
         return f"{PAGE} and {CARD} say what report.json says"
-    here = versions()
-    if (here, lineage()["lock"]) != (report.versions, report.lineage.get("lock")) or here["code"].endswith("-dirty"):
+    if run.made_by != code_of_pages():
         return f"{' and '.join(other)}: not compared, other versions than these here have written the run"
     where = store.locate(f"{run_folder(run.run_id)}/{other[0]}")
     raise DataError(f"{where}: is not what report.json gives; it was edited, do not use the run")

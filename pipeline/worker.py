@@ -330,10 +330,15 @@ def summed(counts: Tensor) -> Tensor:
 
 
 def _restore(session: Session) -> Position:
-    """Take up the newest checkpoint since this training began, or else what it began with; if neither is whole or
-    there, the start."""
+    """Take up the newest whole checkpoint since this training began, or else what it began with; if there is none,
+    the start."""
     newest, job, store = ray.train.get_checkpoint(), session.job, session.place.store
-    for key in filter(None, (job.state_key(Path(newest.path).name) if newest else None, job.start)):
+    states: list[str] = []
+    if newest:
+        # Their names are in the order of time. What is newer was not taken in by Ray Train.
+        last = job.state_key(Path(newest.path).name)
+        states = sorted(key for key in store.keys(job.checkpoints) if key.endswith(FILE_NAME) and key <= last)
+    for key in filter(None, (*reversed(states), job.start)):
         try:
             return load_state(store.read(key), session.model, session.optimization)
         except DataError as error:

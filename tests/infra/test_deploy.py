@@ -1,11 +1,15 @@
-"""Proves that deploying says in a line what it lacks. That it deploys, the tests of the stack show."""
+"""Proves what deploying makes of prefect.yaml, and that it says in a line what it lacks. That it deploys, and leaves
+alone what was set since, the tests of the stack show."""
 
 import os
 import subprocess
 import sys
+from uuid import uuid4
 
 import pytest
+from prefect.client.schemas.responses import DeploymentResponse
 
+from infra.deploy import merged
 from tests.conftest import free_ports
 from tests.infra.conftest import ROOT
 
@@ -27,6 +31,18 @@ def test_a_server_that_is_not_there_is_one_line() -> None:
     assert done.stderr.startswith(f"deploy: {url}: ")
     assert done.stderr.endswith("check that Prefect is up\n")
     assert done.stderr.count("\n") == 1
+
+
+def test_the_environment_goes_before_the_file_and_the_file_before_what_was_set_at_the_server() -> None:
+    there_is = DeploymentResponse(
+        name="train-lenet", flow_id=uuid4(), parameters={"epochs": 20, "lr": 0.5, "storage": "s3://old", "seed": 7}
+    )
+    entry = {"name": "train-lenet", "parameters": {"lr": 0.1, "seed": 7}, "schedules": [{"interval": 3600}]}
+    found = merged(entry, there_is, {"LENET_STORAGE": "s3://new", "LENET_RAY_ADDRESS": ""})
+    assert found["parameters"] == {"epochs": 20, "lr": 0.1, "storage": "s3://new", "seed": 7}
+    assert found["schedules"] == entry["schedules"], "somebody deleted all there were, or there were none"
+    first = merged(entry, None, {})
+    assert first == entry
 
 
 def deploy(variables: dict[str, str]) -> subprocess.CompletedProcess[str]:

@@ -18,6 +18,8 @@ from typing import Any
 import httpx
 import pytest
 from prefect.blocks.notifications import CustomWebhookNotificationBlock
+from prefect.client.schemas.actions import DeploymentUpdate, WorkPoolUpdate
+from prefect.client.schemas.schedules import CronSchedule
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.variables import Variable
 from prometheus_client.parser import text_string_to_metric_families
@@ -235,17 +237,31 @@ def test_up_again_says_the_same_and_starts_nothing(stack: Running) -> None:
     [supervisor] = [process for process in stack.processes() if "supervisord" in " ".join(process.cmdline())]
     before = parts()
     assert len(before) == len(PARTS)
-    switch_schedule(stack, on=True)
+    deployment = stack.deployment()
+    [night] = deployment["schedules"]
+    with stack.client() as client:
+        later = CronSchedule(cron="0 5 * * *", timezone="Europe/Berlin")
+        client.update_deployment_schedule(deployment["id"], night["id"], active=True, schedule=later)
+        client.update_deployment(deployment["id"], DeploymentUpdate(parameters=deployment["parameters"] | {"seed": 7}))
+        client.update_work_pool("lenet", WorkPoolUpdate(concurrency_limit=5))
+        [automation] = client.read_automations_by_name("crash-zombie-flow-runs")
+        client.pause_automation(automation.id)
     again = stack.command("up")
     assert again.returncode == 0, again.stderr
     assert [line.split() for line in again.stdout.splitlines()[: len(PARTS)]] == [[part, "up"] for part in PARTS]
     assert parts() == before
+    # What was set in Prefect since stays.
     [schedule] = switch_schedule(stack, on=False)
-    assert schedule["active"], "what was switched on is off again"
+    assert (schedule["active"], schedule["schedule"]["cron"], schedule["schedule"]["timezone"]) == (
+        True, "0 5 * * *", "Europe/Berlin",
+    )  # fmt: skip
+    assert stack.deployment()["parameters"] == deployment["parameters"] | {"seed": 7}
+    with stack.client() as client:
+        assert client.read_work_pool("lenet").concurrency_limit == 5
     deployments = httpx.post(f"{stack.env()['PREFECT_API_URL']}/deployments/filter", json={}).json()
     assert sorted(deployment["name"] for deployment in deployments) == ["predict-lenet", "retention", "train-lenet"]
     automations = httpx.post(f"{stack.env()['PREFECT_API_URL']}/automations/filter", json={}).json()
-    assert [automation["name"] for automation in automations] == ["crash-zombie-flow-runs"]
+    assert [(found["name"], found["enabled"]) for found in automations] == [("crash-zombie-flow-runs", False)]
 
 
 def test_a_part_that_was_killed_is_seen_and_comes_back(stack: Running) -> None:

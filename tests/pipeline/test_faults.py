@@ -1,6 +1,8 @@
 """Proves on a real Ray of several nodes that training survives what happens to machines, and that the weights are those
 of a training that nothing happened to."""
 
+import logging
+import re
 import signal
 import subprocess
 import sys
@@ -152,11 +154,15 @@ def test_a_node_killed_in_mid_training_changes_nothing_nor_does_a_checkpoint_tor
         cluster.remove_node(cluster.list_all_nodes()[1], allow_graceful=False)
         cluster.add_node(num_cpus=1)  # after it: training may be over before a node has come
 
-    on_epoch, acted = once_after(1, kill_one)
+    caplog.set_level(logging.INFO)
+    on_epoch, acted = once_after(2, kill_one)
     training = fit(store, "node-killed", manifest, RUN, TWO_ON_A_CLUSTER, LoadConfig(), on_epoch)
     [killed] = acted
     killed.result()
     assert "going back to the one before" in caplog.text
+    begun = [int(epoch) for epoch in re.findall(r"rank \d: on cpu of .*, from epoch (\d+), step", caplog.text)]
+    assert begun[:2] == [1, 1]
+    assert min(begun[2:]) > 1, "the one before was whole"
     assert_same(store, training, undisturbed(manifest, store, RUN), EPOCHS)
 
 

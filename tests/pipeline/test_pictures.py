@@ -255,6 +255,13 @@ def test_what_is_passed_over_is_told(pictures: Path, bring: Bring, caplog: pytes
     assert "mine: passed over: val/*.png (2), README (1), extra/*.png (1), train/*.webp (1)" in caplog.messages
 
 
+def test_a_bad_picture_is_named_whatever_the_order_of_the_splits_folders(pictures: Path, refused: Refused) -> None:
+    (pictures / "train").rename(pictures / "Train")
+    bad = next((pictures / "Train" / "a").glob("*.png"))
+    bad.write_bytes(b"no picture")
+    assert f"the first is Train/a/{bad.name} " in refused(pictures)
+
+
 def test_splits_are_told_by_folders_in_capitals_too(pictures: Path, bring: Bring, contents: Contents) -> None:
     first = bring(pictures)
     for split in ("train", "test"):

@@ -17,7 +17,7 @@ import pytest
 
 from pipeline import storage
 from pipeline.errors import ConfigError, StorageError
-from pipeline.storage import Store, open_store
+from pipeline.storage import Store, open_store, split_url
 from tests import conftest
 from tests.conftest import free_ports
 
@@ -217,6 +217,13 @@ def test_credentials_in_a_url_are_refused_and_not_repeated(secret: str) -> None:
         open_store(f"s3://AKIAXYZ:{secret}@bucket/prefix")
     assert "AKIAXYZ" not in str(raised.value)
     assert not re.search("hun|ter2", str(raised.value))
+
+
+def test_an_at_sign_in_a_path_is_no_credential() -> None:
+    url = "http://mirror:8081/@data/mnist"
+    assert split_url(url, "source").hostname == "mirror"
+    with pytest.raises(ConfigError, match="credentials do not belong in a URL; use a URL without"):
+        split_url("http://me:hunter2@mirror:8081/@data/mnist", "source")
 
 
 @pytest.mark.parametrize(

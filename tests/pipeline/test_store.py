@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -105,6 +106,29 @@ store.keys("a")
     )
     said = f"StorageError: {local_store.locate('a')}: store failed (Too many open files); check the disk"
     assert ended.stderr.splitlines()[-1].endswith(said)
+
+
+def test_a_folder_that_another_still_writes_to_is_deleted_all_the_same(
+    local_store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    local_store.put("a/b/k", b"x")
+    remove, written = os.rmdir, []
+
+    def written_to_before(path: str, **options: Any) -> None:
+        if not written:
+            written.append(local_store.create("a/b/late", b"x"))
+        remove(path, **options)
+
+    monkeypatch.setattr(os, "rmdir", written_to_before)
+    local_store.delete("a")
+    assert written == [True]
+    assert local_store.keys("") == []
+
+
+def test_what_a_file_system_keeps_at_its_root_is_nobodys(local_store: Store) -> None:
+    local_store.put("a/k", b"x")
+    local_store.put("lost+found/#12", b"x")
+    assert local_store.keys("") == ["a/k"]
 
 
 def test_links_are_not_listed(local_store: Store, tmp_path: Path) -> None:

@@ -45,13 +45,6 @@ def url(store: Store, prepared: Callable[..., Store], trained: Trained, good_mod
     return f"{prepared('a run that is champion', store, make).url}/runs/r"
 
 
-@pytest.fixture
-def same_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What verifies is what the run was written by."""
-    monkeypatch.setattr("pipeline.verify.versions", lambda: {"code": "abc", "torch": "2"})
-    monkeypatch.setattr("pipeline.verify.lineage", lambda: {"lock": "l"})
-
-
 def rewrite(store: Store, name: str, data: bytes) -> None:
     """Replace an artifact and have the manifest say that it is the one: what hashes alone do not find."""
     store.put(f"{ROOT}/{name}", data)
@@ -169,7 +162,7 @@ def test_other_names_of_classes_or_another_shape_are_found(store: Store, url: st
 
 @on_disk
 @pytest.mark.parametrize("name", ["report.html", "README.md"])
-def test_an_edited_page_is_found_by_the_code_that_wrote_it(store: Store, url: str, same_code: None, name: str) -> None:
+def test_an_edited_page_is_found_by_the_code_that_wrote_it(store: Store, url: str, name: str) -> None:
     assert list(verify(url))[-1] == "report.html and README.md say what report.json says"
     rewrite(store, name, store.read(f"{ROOT}/{name}") + b"99.99%")
     with pytest.raises(DataError, match=rf"runs/r/{name}: is not what report\.json gives; it was edited, do not use"):
@@ -179,7 +172,19 @@ def test_an_edited_page_is_found_by_the_code_that_wrote_it(store: Store, url: st
 @on_disk
 def test_pages_of_other_code_are_not_said_to_be_proven(store: Store, url: str) -> None:
     rewrite(store, "README.md", store.read(f"{ROOT}/README.md") + b"99.99%")
+    edit_manifest(store, made_by="")
     assert list(verify(url))[-1] == "README.md: not compared, other versions than these here have written the run"
+
+
+@on_disk
+@pytest.mark.parametrize("part", ["forms", "predictions"])
+@pytest.mark.parametrize("edit", [dict.clear, lambda parts: parts.update(other=next(iter(parts.values())))])
+def test_forms_and_predictions_that_the_manifest_does_not_name_are_found(
+    store: Store, url: str, part: str, edit: Callable[[dict[str, Any]], None]
+) -> None:
+    edit_report(store, lambda evaluation: edit(evaluation[part]))
+    with pytest.raises(DataError, match=r"report\.json: its forms or predictions are not the manifest's; do not use"):
+        list(verify(url))
 
 
 def test_predictions_of_images_that_there_are_not_are_found(store: Store, url: str) -> None:
