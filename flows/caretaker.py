@@ -8,6 +8,7 @@ not at all for the next.
 """
 
 import logging
+import sys
 import time
 from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
@@ -28,9 +29,11 @@ from prefect.client.schemas.sorting import FlowRunSort
 from prefect.exceptions import PrefectException
 from prefect.states import AwaitingRetry
 
+from flows.server import require_url
 from flows.train_lenet import name_run
 from pipeline import run
 from pipeline.config import config_of
+from pipeline.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
@@ -115,6 +118,7 @@ def main() -> None:
     """Look every few seconds, for as long as the process lives."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    require_url()
     seen: set[UUID] = set()
     with get_client(sync_client=True) as client:
         log.info("looking after flow runs of %s", client.api_url)
@@ -128,4 +132,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ConfigError as error:
+        print(f"caretaker: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)

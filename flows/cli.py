@@ -95,8 +95,9 @@ def layer_rows(image_size: int, classes: int) -> Table:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: one line on stderr; exit code 1 or 2 for what the user can mend, 130 for Ctrl-C, 143 for SIGTERM."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        app(sys.argv[1:] if arguments is None else arguments)
+        app(given)
     except CycloptsError as error:
         print(f"lenet: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
@@ -104,5 +105,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"lenet: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt as interrupt:
-        print("lenet: interrupted; the same --run-id goes on from the last checkpoint", file=sys.stderr)
+        remedy = "; the same --run-id goes on from the last checkpoint" if given[:1] == ["train"] else ""
+        print(f"lenet: interrupted{remedy}", file=sys.stderr)
         sys.exit(143 if isinstance(interrupt, Terminated) else 130)

@@ -56,7 +56,8 @@ class Display(logging.Handler):
                 self.line = describe(now, epochs, images)
                 self._draw(epochs)
             case {"epoch": EpochMetrics() as epoch, "epochs": epochs} if self.console.is_terminal:
-                self.history.append(epoch)
+                # A training that is taken up again tells of all epochs again.
+                self.history = [*(before for before in self.history if before.epoch < epoch.epoch), epoch]
                 self._draw(epochs)
             case _:
                 step = record.name.rpartition(".")[2]

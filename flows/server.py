@@ -88,6 +88,14 @@ def require() -> None:
         time.sleep(0.1)
 
 
+def require_url() -> None:
+    """ConfigError unless Prefect is said where its server is: it would ask one of its own, which nobody else does."""
+    from prefect.settings import get_current_settings
+
+    if not get_current_settings().api.url:
+        raise ConfigError("PREFECT_API_URL", "", "is not set", "say where Prefect is, e.g. http://127.0.0.1:4200/api")
+
+
 def _refusal(started: Started | None, trouble: Exception) -> ConfigError:
     from prefect.settings import get_current_settings
 
@@ -97,7 +105,7 @@ def _refusal(started: Started | None, trouble: Exception) -> ConfigError:
             "PREFECT_API_URL",
             settings.api.url,
             f"no Prefect server answers there ({first_line(trouble)})",
-            "start it, or unset the variable, and `prefect profile`, for a server that lives as long as this command",
+            "start it, or unset it, by prefect config unset, too, for a server that lives as long as this command",
         )
     started.output.seek(0)
     said = started.output.read().decode(errors="replace")

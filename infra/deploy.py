@@ -22,6 +22,7 @@ from prefect.events.schemas.automations import AutomationCore
 from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 from prefect.settings import get_current_settings
 
+from flows.server import require_url
 from infra.stack import BIN, ROOT
 from pipeline.errors import ClusterError, ConfigError, PipelineError, first_line
 
@@ -39,8 +40,7 @@ PARAMETERS = {
 
 def deploy() -> None:
     """Tell the Prefect server at PREFECT_API_URL. Raises ConfigError for what is not set, ClusterError for the rest."""
-    if not get_current_settings().api.url:
-        raise ConfigError("PREFECT_API_URL", "", "is not set", "say where Prefect is, e.g. http://127.0.0.1:4200/api")
+    require_url()
     if not os.environ.get(STORAGE):
         raise ConfigError(STORAGE, "", "is not set", "say where runs are published, e.g. s3://bucket/prefix")
     try:
@@ -67,7 +67,11 @@ def merged(
 ) -> dict[str, Any]:
     """A deployment's entry of prefect.yaml, with what the environment says, and what was set at the server."""
     given = {field: value for field, name in PARAMETERS[entry["name"]].items() if (value := environment.get(name))}
-    theirs = there_is.parameters if there_is else {}
+    theirs = {
+        field: value
+        for field, value in (there_is.parameters if there_is else {}).items()
+        if field not in PARAMETERS[entry["name"]]
+    }
     result = entry | {"parameters": theirs | entry.get("parameters", {}) | given}
     if there_is and there_is.schedules:
         result.pop("schedules", None)  # Prefect keeps what it has where it is given none
@@ -99,7 +103,7 @@ def _deploy_all(content: dict[str, Any]) -> None:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     if done.returncode:
         said = (done.stderr or done.stdout).strip().splitlines()
-        raise ClusterError(f"prefect deploy: {said[-1] if said else done.returncode}; see its log")
+        raise ClusterError(f"prefect deploy: {said[-1] if said else done.returncode}; check prefect.yaml")
 
 
 if __name__ == "__main__":

@@ -113,7 +113,7 @@ def predict_batch(config: PredictConfig) -> BatchReport:
     predictions, or other things where they go; DataError for a source that is torn or changes meanwhile; ClusterError
     when no CPU comes free.
     """
-    output = _output(config)
+    output = open_store(config.output, "output")
     cluster = config.cluster
     jobs.check(cluster)
     served = open_model(config.model)
@@ -169,13 +169,6 @@ def render_batch(report: BatchReport) -> str:
         *(f"| {name} | {count:,} |" for name, count in report.predicted.items()),
     ]
     return "\n".join([*lines, ""])
-
-
-def _output(config: PredictConfig) -> Store:
-    try:
-        return open_store(config.output)
-    except ConfigError as error:  # which says "storage"
-        raise ConfigError("output", *error.args[1:]) from None
 
 
 def _content(config: PredictConfig, served: Served, feed: Feed) -> str:

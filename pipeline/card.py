@@ -47,15 +47,16 @@ def render_card(report: Report) -> str:
     )
     worst = sorted(evaluation.robustness, key=lambda found: found.accuracy)[:3]
     names = [metrics.name for metrics in evaluation.classes]
+    seen = ", light objects on black" if report.dataset.homepage else ""  # of one's own data, nobody knows
     sections = [
         f"# {_text(report.run_id)}",
         f"LeNet, {sum(layer.parameters for layer in report.layers):,} parameters, trained on "
         f"{_text(report.dataset.name)}. Test accuracy **{evaluation.accuracy:.2%}** (95% interval "
         f"{evaluation.accuracy_low:.2%} to {evaluation.accuracy_high:.2%}, {evaluation.images:,} images). "
-        f"When it was published, the rule spoke {'for' if report.comparison.promoted else 'against'} making it the "
+        f"When it was published, it was {'' if report.comparison.promoted else 'not '}proposed as the "
         f"champion: {_text('; '.join(report.comparison.reasons))}. What was decided then is in the registry.",
         "## Use",
-        f"All forms take float32 images (batch, 1, {side}, {side}), light objects on black, with pixels from 0 to 1, "
+        f"All forms take float32 images (batch, 1, {side}, {side}), pixels from 0 to 1{seen}, "
         "and give logits (batch, classes), the classes in this order: " + ", ".join(map(_text, names)) + ".",
         LOADING,
         "## Data",
@@ -94,8 +95,8 @@ def render_card(report: Report) -> str:
             ),
         ),
         "## Limits",
-        "It knows the classes above and nothing else: it gives one of them to any picture. It is least sure of itself "
-        "on images that differ from the training images; of what was tried, worst with:",
+        "It knows the classes above and nothing else: it gives one of them to any picture. Of what was tried, it "
+        "does worst with:",
         "\n".join(
             f"- {found.change} {found.strength:g} {found.unit}: accuracy {found.accuracy:.2%}" for found in worst
         ),

@@ -75,6 +75,7 @@ def load_state(data: bytes, model: LeNet, optimization: Optimization) -> Positio
     The optimizers' settings are the recipe's, not the file's: they follow from the run's parameters and the position.
     """
     tensors, metadata = _unseal(data)
+    position = _position(metadata)
     slots: dict[str, dict[str, Tensor]] = {}
     for key, value in _under("optimizer", tensors).items():
         slot, _, name = key.rpartition(".")
@@ -86,13 +87,20 @@ def load_state(data: bytes, model: LeNet, optimization: Optimization) -> Positio
         model.load_state_dict(_under("average", tensors))
         optimization.average.copy_(optimization.flat.detach())
     model.load_state_dict(_under("model", tensors))
-    return Position.model_validate_json(metadata["position"])
+    return position
 
 
 def read_state(data: bytes) -> tuple[dict[str, Tensor], Position]:
     """The weights to publish, float32 by name, and the position, with no model at hand. DataError as `load_state`."""
     tensors, metadata = _unseal(data)
-    return _under("average", tensors) or _under("model", tensors), Position.model_validate_json(metadata["position"])
+    return _under("average", tensors) or _under("model", tensors), _position(metadata)
+
+
+def _position(metadata: dict[str, str]) -> Position:
+    try:
+        return Position.model_validate_json(metadata["position"])
+    except (KeyError, ValueError) as error:
+        raise DataError(f"says not where training stood ({first_line(error)})") from None
 
 
 def encode_model(model: LeNet) -> bytes:

@@ -83,8 +83,9 @@ class ClusterConfig(BaseModel):
     )
     ray_address: str | None = Field(
         None,
-        description="Ray cluster to train on: auto or host:port connects to it, http://host:8265 of its dashboard "
-        "submits the training as a Ray job, which outlives this process. A local Ray is started if not given.",
+        description="Ray cluster to train on: auto or host:port connects to it, from one of its machines; "
+        "http://host:8265 of its dashboard submits the training as a Ray job, which outlives this process. A local Ray "
+        "is started if not given.",
     )
 
     @property
@@ -145,9 +146,8 @@ def decide_gpu(config: ClusterConfig, nodes: list[Mapping[str, float]]) -> bool:
     with_gpu = placeable(nodes, config.cpus_per_worker, 1)
     if config.gpu == "yes" and with_gpu < least:
         count = _total("GPU", nodes)
-        raise ConfigError(
-            "gpu", "yes", f"{least} workers need a GPU each and Ray has {count}", "use gpu=no or fewer workers"
-        )
+        remedy = "use gpu=no or fewer workers" if count else "use gpu=no, or see that PyTorch and its driver find one"
+        raise ConfigError("gpu", "yes", f"{least} workers need a GPU each and Ray has {count}", remedy)
     return config.gpu != "no" and with_gpu >= least
 
 
@@ -360,5 +360,6 @@ def _connect(config: ClusterConfig) -> None:
 def _no_cluster(config: ClusterConfig, error: Exception) -> ClusterError:
     return ClusterError(
         f"ray_address={config.ray_address!r}: no Ray cluster answers there ({first_line(error)}); "
-        "give the head's host:port, with RAY_AUTH_MODE and the token that it has, or leave it out for a local Ray"
+        "give the head's host:port, on a machine of the cluster, with RAY_AUTH_MODE and the token that it has, or "
+        "http://host:8265 from elsewhere, or leave it out for a local Ray"
     )

@@ -48,6 +48,8 @@ def allowed(name: str, kind: type[BaseModel]) -> str:
             return f"a number {', '.join(bounds)}".replace(f"{low}, to", f"{low} to")
         if "enum" in option:
             return f"one of {', '.join(map(str, option['enum']))}"
+        if option.get("pattern") == r"\.json$":
+            return "a name that ends in .json"
         if "pattern" in option:
             return f"small letters, digits and {'dashes' if '_' not in option['pattern'] else 'any of . _ -'}"
     return ""

@@ -178,12 +178,15 @@ def _list(source: str) -> tuple[Store, bool, Iterator[_File]]:
     try:
         parent, slash, name = source.rstrip("/").rpartition("/")
         pattern = any(sign in name for sign in "*?")
-        above = open_store(parent or slash or ".") if pattern or "." in name else None
+        whole = parent.endswith(":/")  # a bucket
+        above = open_store(parent or slash or ".", "source") if not whole and (pattern or "." in name) else None
         if above is not None and (pattern or above.exists(name)):
             fits = partial(fnmatch.fnmatchcase, pat=name) if pattern else name.__eq__
             return above, False, _files(above, deep=False, fits=fits)
-        store = open_store(source)
-    except ConfigError as error:  # which says "storage"
+        store = open_store(source, "source")
+    except ConfigError as error:
+        if error.args[0] != "source":
+            raise
         raise ConfigError("source", source, error.args[2], ACCEPTED) from None
     if isinstance(store, LocalStore) and not Path(store.root).is_dir():
         raise ConfigError("source", source, "no such file or folder", ACCEPTED)

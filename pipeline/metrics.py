@@ -228,9 +228,11 @@ def _classes(confusion: npt.NDArray[np.int64], names: tuple[str, ...]) -> list[C
     # cells of the confusion matrix anew.
     generator = np.random.default_rng(0)
     total = confusion.sum()
-    drawn = generator.multinomial(total, (confusion / total).ravel(), RESAMPLES).reshape(-1, *confusion.shape)
+    cells = (confusion / total).ravel()
+    # One by one: of 256 classes, all would take half a gigabyte.
+    resampled = [_f1(generator.multinomial(total, cells).reshape(confusion.shape)) for _ in range(RESAMPLES)]
     tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(_f1(drawn), [tail, 1 - tail], axis=0)
+    low, high = np.quantile(resampled, [tail, 1 - tail], axis=0)
     f1 = _f1(confusion)
     return [
         ClassMetrics(

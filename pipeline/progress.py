@@ -10,6 +10,7 @@ import contextlib
 import contextvars
 import json
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -22,7 +23,7 @@ from ray.util.metrics import Gauge
 from torch import Tensor
 
 from pipeline.checkpoint import EpochMetrics
-from pipeline.documents import parse_document, read_document
+from pipeline.documents import parse_document
 from pipeline.errors import StorageError
 from pipeline.storage import Store
 
@@ -86,6 +87,8 @@ class Teller:
             return
         self.told_at = time.monotonic()
         loss, correct, images = counts.tolist()
+        if not math.isfinite(loss):
+            return  # the worker will say so itself, more precisely
         now = Now(
             epoch=epoch,
             step=step,
@@ -146,11 +149,14 @@ class WriteProgress(ray.train.UserCallback):
     def __init__(self, store: Store, folder: str) -> None:
         self.store, self.folder = store, folder
         self.gauges: dict[str, Gauge] = {}
+        self.kept = 0  # checkpoints
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
         if checkpoint is None:
-            self.store.put(f"{self.folder}/{ENDED}", json.dumps(metrics[0]).encode())
+            if "fenced" not in metrics[0]:  # the folder is another's by now
+                self.store.put(f"{self.folder}/{ENDED}", json.dumps(metrics[0]).encode())
             return
+        self.kept += 1
         self._set("checkpoint_timestamp_seconds", time.time())  # its age is what Prometheus makes of it
         if "step" in metrics[0]:
             return  # the epoch is not over
@@ -175,8 +181,9 @@ def followed(store: Store, folder: str, on_epoch: OnEpoch, on_now: OnNow) -> Ite
     def catch_up() -> None:
         for key in store.keys(f"{folder}/{PROGRESS}"):
             if key not in seen and key.endswith(".json"):
+                data = store.read(key)  # first: if the store fails, the next look reads it
                 seen.add(key)
-                _show(on_epoch, read_document(store, key, EpochMetrics))
+                _show(on_epoch, parse_document(store, key, EpochMetrics, data))
 
     def look() -> None:
         nonlocal last
@@ -187,8 +194,9 @@ def followed(store: Store, folder: str, on_epoch: OnEpoch, on_now: OnNow) -> Ite
     def listen() -> None:
         for key in store.keys(f"{folder}/{LOG}"):
             if key not in told:
+                data = store.read(key)
                 told.add(key)
-                chunk = json.loads(store.read(key))
+                chunk = json.loads(data)
                 for level, line in chunk["lines"]:
                     workers_log.log(level, "rank %d: %s", chunk["rank"], line)
 

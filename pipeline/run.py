@@ -5,6 +5,7 @@ Each step is safe to repeat: it finds what an earlier attempt finished and goes 
 
 import contextlib
 import importlib.metadata
+import logging
 import platform
 import subprocess
 from functools import cache, partial
@@ -47,6 +48,8 @@ from pipeline.train import Training, staging
 
 if TYPE_CHECKING:
     from pipeline.tune import Tuned
+
+log = logging.getLogger(__name__)
 
 # A run that goes on may do so on other workers, from another source; whatever decides its result has to stay.
 MAY_CHANGE = {
@@ -128,6 +131,7 @@ def begin(config: RunConfig, run_id: str) -> RunConfig:
     record = RunRecord(parameters=parameters, versions=versions(), lineage=lineage())
     begun = keep_document(store, key, record)
     _require_same(begun.parameters, record.parameters)
+    log.info("%s", run_id)
     return config
 
 
@@ -303,11 +307,12 @@ def _run_id(config: RunConfig) -> str:
 
 def _require_same(begun: dict[str, Any], now: dict[str, Any]) -> None:
     for name, value in now.items():
-        if name not in MAY_CHANGE and begun.get(name) != value:
+        # A parameter that there was not when the run was begun has no value to keep.
+        if name in begun and name not in MAY_CHANGE and begun[name] != value:
             raise ConfigError(
                 name,
                 value,
-                f"run {now['run_id']} was begun with {begun.get(name)!r}",
+                f"run {now['run_id']} was begun with {begun[name]!r}",
                 "keep that, or use another run_id",
             )
 

@@ -59,9 +59,17 @@ class S3Store(Store):
     """A bucket, or a prefix in one. An object appears whole, as S3 promises of a single PUT."""
 
     fs: s3fs.S3FileSystem
-    _denied = (PermissionError, botocore.exceptions.NoCredentialsError)
+    _denied = (
+        PermissionError,
+        botocore.exceptions.NoCredentialsError,
+        botocore.exceptions.PartialCredentialsError,
+        botocore.exceptions.CredentialRetrievalError,
+        botocore.exceptions.ProfileNotFound,
+        botocore.exceptions.SSOError,
+        botocore.exceptions.TokenRetrievalError,
+    )
     _failed = (OSError, botocore.exceptions.BotoCoreError, aiohttp.ClientError)  # aiohttp's: bodies that break off
-    _access_remedy = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+    _access_remedy = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE and its login"
     _reach_remedy = "AWS_ENDPOINT_URL and that the server is up"
 
     def listing(self, prefix: str) -> dict[str, Listed]:

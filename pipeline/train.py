@@ -104,6 +104,7 @@ def _train(
     started = time.perf_counter()
     # The workers, wherever they are, then end with a checkpoint.
     with ray_session(cluster) as gpu, on_signal(signal.SIGTERM, hold.ask_stop):
+        store.delete(f"{staging(run_id)}/{ENDED}")  # how a training before this one did
         start = _take_up(store, staging(run_id))
         job = Job(
             store_url=store.url,
@@ -131,7 +132,7 @@ def _train(
                 return
             raise
         ended = _ended(store, run_id) if position.epoch <= job.recipe.epochs else {}
-        if hold.lost or "fenced" in ended:
+        if hold.lost or (position.epoch <= job.recipe.epochs and hold.superseded()):
             return
         if position.epoch <= job.recipe.epochs:
             raise _unfinished(ended, job, position)
@@ -147,7 +148,8 @@ def _train(
         parameters=sum(tensor.numel() for tensor in weights.values()),
         world_size=position.history[-1].world_size,
         device="gpu" if gpu else "cpu",
-        wall_seconds=time.perf_counter() - started,
+        # Of a run that was taken up again, at least what its epochs took.
+        wall_seconds=max(time.perf_counter() - started, sum(epoch.seconds for epoch in position.history)),
         finished=datetime.now(UTC),
     )
     keep_document(store, f"{staging(run_id)}/training.json", training)
@@ -182,12 +184,14 @@ def _run_workers(
     store: Store, run_id: str, job: Job, cluster: ClusterConfig, gpu: bool, end_asked: Callable[[], bool]
 ) -> tuple[dict[str, Tensor], Position]:
     """Run Ray Train to its end; the weights and the position of the last checkpoint."""
+    progress = WriteProgress(store, staging(run_id))
     trainer = Trainer(
         train_worker,
         train_loop_config={"job": job},
         local=cluster.ray_address is None,
         timeout_s=PATIENCE_S,
         end_asked=end_asked,
+        kept=lambda: progress.kept,
         scaling_config=ray.train.ScalingConfig(
             num_workers=cluster.world_size,  # type: ignore[arg-type]  # annotated as of the version before
             elastic_resize_monitor_interval_s=RESIZE_S,  # type: ignore[call-arg]
@@ -200,7 +204,7 @@ def _run_workers(
             storage_filesystem=store.arrow,
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=CHECKPOINTS_KEPT),
             failure_config=ray.train.FailureConfig(max_failures=MAX_FAILURES),
-            callbacks=[WriteProgress(store, staging(run_id))],  # type: ignore[list-item]
+            callbacks=[progress],  # type: ignore[list-item]
         ),
     )
     try:

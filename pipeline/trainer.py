@@ -32,6 +32,7 @@ from ray.train.v2._internal.execution.failure_handling.default import DefaultFai
 from ray.train.v2._internal.execution.preemption import PreemptionWatcher
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, FixedScalingPolicy
 from ray.train.v2._internal.execution.worker_group import WorkerGroup
+from ray.train.v2.api.config import FailureConfig
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
 from pipeline import imports
@@ -88,11 +89,19 @@ def _interrupt() -> None:
 
 class Trainer(TorchTrainer):
     """Trains on a local Ray, or on a cluster whose hosts may be several. While there are no workers that could hear
-    that the end was asked for, `fit` raises Terminated."""
+    that the end was asked for, `fit` raises Terminated. `kept` says how many checkpoints there were."""
 
-    def __init__(self, *args: Any, local: bool, timeout_s: int, end_asked: Callable[[], bool], **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        local: bool,
+        timeout_s: int,
+        end_asked: Callable[[], bool],
+        kept: Callable[[], int],
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, torch_config=(TorchConfig if local else _SeveralHosts)(timeout_s=timeout_s), **kwargs)
-        self.local, self.end_asked = local, end_asked
+        self.local, self.end_asked, self.kept = local, end_asked, kept
 
     def _create_default_callbacks(self) -> list[Any]:
         # Each starts an actor, 2 s of a core. Ray Data's manager serves datasets, and there are none; the cleaner frees
@@ -109,7 +118,7 @@ class Trainer(TorchTrainer):
             scaling_policy = Elastic(scaling_policy.scaling_config)
         logging.getLogger(TrainController.__module__).setLevel(logging.CRITICAL)  # of pages; what it raises is told
         logging.getLogger(PreemptionWatcher.__module__).setLevel(logging.ERROR)  # it would tell of every head away
-        failure_policy = _Failures(failure_policy.failure_config)
+        failure_policy = Failures(failure_policy.failure_config, self.kept)
         controller = _Controller(scaling_policy=scaling_policy, failure_policy=failure_policy, **asked)
         controller.end_asked = self.end_asked
         try:
@@ -182,13 +191,20 @@ class _Controller(TrainController):
         return await super()._step()
 
 
-class _Failures(DefaultFailurePolicy):
-    """As Ray Train's own, but that it says why all start again, and does not have them meet a user's mistake again."""
+class Failures(DefaultFailurePolicy):
+    """As Ray Train's own, but that it says why all start again, does not have them meet a user's mistake again, and
+    counts failures since the last checkpoint: in weeks, more machines are lost than in any one epoch."""
+
+    def __init__(self, failure_config: FailureConfig, kept: Callable[[], int]) -> None:
+        super().__init__(failure_config)
+        self.kept, self.kept_before = kept, 0
 
     def _is_retryable_error(self, training_failed_error: TrainingFailedError) -> bool:
         return mistake_of(training_failed_error) is None and super()._is_retryable_error(training_failed_error)
 
     def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
+        if (kept := self.kept()) != self.kept_before:
+            self.kept_before, self._worker_group_failures = kept, 0
         decision = super().make_decision(training_failed_error)
         if decision is FailureDecision.RETRY:
             log.warning("%s. All ranks start again, from the last checkpoint", cause_of(training_failed_error))

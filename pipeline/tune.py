@@ -20,10 +20,11 @@ from lenet.recipe import Recipe
 from lenet.step import metrics_of
 from pipeline.cluster import ClusterConfig, ray_session
 from pipeline.loader import Place, ResidentLoader, augmented
+from pipeline.memory import keep_memory
 from pipeline.recipe import Hyperparameter, TuneConfig, varied
 from pipeline.shards import Manifest
 from pipeline.storage import Store, open_store
-from pipeline.worker import evaluate_split, keep_memory, load_share, open_learner
+from pipeline.worker import evaluate_split, load_share, open_learner
 
 log = logging.getLogger(__name__)
 

@@ -1,10 +1,8 @@
 """What every Ray Train worker runs: its part of each global batch, an epoch at a time."""
 
-import ctypes
 import logging
 import math
 import socket
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +27,7 @@ from pipeline.collective import Sum, open_sum
 from pipeline.errors import DataError, TrainingError
 from pipeline.lease import Watchman
 from pipeline.loader import Loader, Loading, Place, augmented, open_loader
+from pipeline.memory import keep_memory
 from pipeline.order import share
 from pipeline.progress import Teller, tell_log
 from pipeline.shards import Manifest, read_rows
@@ -39,8 +38,6 @@ log = logging.getLogger(__name__)
 EVALUATION_BATCH = 1000
 REPORTS_UNDER_WAY = 2
 RAY_FOLDER = "ray"
-MIB = 2**20
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -2, -3, -8  # of malloc.h
 
 
 # What rank 0 may say to all others, in one sum, with the gradients; NaN, from any, says that its loss is not finite.
@@ -165,6 +162,7 @@ def train_worker(config: dict[str, Any]) -> None:
             train = metrics_of(counts)
             with session.optimization.averaged():
                 test = metrics_of(summed(evaluate_split(session.gradient, held_out)))
+            _require_sound(session, position.epoch, session.place.steps, test.loss)
             metrics = EpochMetrics(
                 epoch=position.epoch,
                 held_out=job.manifest.held_out,
@@ -222,9 +220,9 @@ def _begin(job: Job) -> tuple[Session, Position]:
     if recipe.precision == "bfloat16" and not multiplies_bfloat16(device):
         log.warning("this processor has no bfloat16 products (AVX512-BF16): computing in float32, which is faster here")
     if device.type == "cpu" and library() is None and place.rank == 0:
-        log.warning(
-            "no compiled convolutions for this machine, so about half as fast; install gcc, then this package again"
-        )
+        able = torch.cpu.get_capabilities().get("avx2")
+        why = "install gcc, then: pip install --no-deps --editable ." if able else "they are for AVX2 and FMA"
+        log.warning("no compiled convolutions, so about half as fast; %s", why)
     position = _restore(session)
     log.info(
         "on %s of %s, images %s, from epoch %d, step %d",
@@ -277,6 +275,7 @@ def _train_epoch(session: Session, position: Position) -> tuple[Tensor, bool]:
             position.step, position.seconds = step, time.perf_counter() - started
             loss, correct, seen = summed(counts.clone()).tolist()
             position.counts = (loss, correct, seen)
+            _require_sound(session, position.epoch, step, loss)
             _save(session, position, {"epoch": position.epoch, "step": step})
             if wish & STOP:
                 raise Ended({"stopped": True})
@@ -285,24 +284,19 @@ def _train_epoch(session: Session, position: Position) -> tuple[Tensor, bool]:
     return total, bool(wish & STOP)
 
 
+def _require_sound(session: Session, epoch: int, step: int, loss: float) -> None:
+    """Raises Ended, on all ranks, when the last update has left a model that no checkpoint should keep: its loss, the
+    same everywhere, or its weights are not finite."""
+    if not (math.isfinite(loss) and session.optimization.flat.isfinite().all()):
+        ranks = list(range(session.place.world_size))
+        raise Ended({"diverged": {"epoch": epoch, "step": step, "ranks": ranks}})
+
+
 def _blame(place: Place, loss: Tensor) -> list[int]:
     """The ranks whose own loss is not finite."""
     flags = torch.zeros(place.world_size, device=place.device)
     flags[place.rank] = float(not loss.isfinite())
     return [int(rank) for rank in summed(flags).nonzero()]
-
-
-def keep_memory() -> None:
-    """Let this process keep the memory it frees, where the C library is glibc.
-
-    Otherwise a step's tensors, some megabytes each, are given back and asked for again: 900 to 1,900 page faults and
-    2 to 5 ms in each step of 10 ms, in one process and not in the next, as the heap happens to lie.
-    """
-    # Each thread that comes would be given memory of its own, and keep it: 2 GB after 600 checkpoints.
-    settings = {M_MMAP_THRESHOLD: 32 * MIB, M_TRIM_THRESHOLD: 1024 * MIB, M_TOP_PAD: 64 * MIB, M_ARENA_MAX: 1}
-    if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "mallopt"):
-        for option, value in settings.items():
-            library.mallopt(option, value)
 
 
 def load_share(place: Place, split: str) -> Split:

@@ -27,13 +27,14 @@ from pipeline.cluster import ClusterConfig
 from pipeline.collective import BackendSum, SharedSum
 from pipeline.download import SourceConfig, fetch
 from pipeline.loader import LoadConfig
+from pipeline.memory import keep_memory
 from pipeline.recipe import TrainConfig
 from pipeline.sharding import ShardConfig, write_shards
 from pipeline.shards import Manifest, read_rows
 from pipeline.source import open_source
 from pipeline.storage import Store, open_store
 from pipeline.train import fit
-from pipeline.worker import keep_memory, open_learner
+from pipeline.worker import open_learner
 
 ROOT = Path(__file__).parents[2]
 CORES = len(os.sched_getaffinity(0))

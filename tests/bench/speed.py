@@ -26,7 +26,7 @@ from lenet.fused import multiplies_bfloat16, open_gradient
 from lenet.recipe import RECIPES
 from lenet.step import flatten
 from pipeline.download import SourceConfig, fetch
-from pipeline.worker import keep_memory
+from pipeline.memory import keep_memory
 
 ROOT = Path(__file__).parents[2]
 IMAGES = 60_000

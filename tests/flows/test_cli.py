@@ -45,7 +45,7 @@ def assert_one_line(capsys: pytest.CaptureFixture[str], message: str) -> None:
         ),
         ("--recipe no.json", "recipe='no.json': the file cannot be read (No such file or directory); use one that", 2),
         ("--workers 1000", "workers=1000: Ray has room for ", 2),
-        ("--workers 1 --gpu yes", "gpu='yes': 1 workers need a GPU each and Ray has 0; use gpu=no or fewer workers", 2),
+        ("--workers 1 --gpu yes", "gpu='yes': 1 workers need a GPU each and Ray has 0; use gpu=no, or see that", 2),
         ("--source /nowhere", "source='/nowhere': no such folder; use auto, a folder with IDX files, or a URL", 2),
         ("--storage ftp://x/y", "storage='ftp://x/y': the store is a folder, file:///path or s3://bucket/prefix;", 2),
         ("--storage s3://key:secret@bucket", "storage='s3://…@bucket': credentials do not belong in a URL;", 2),
@@ -91,7 +91,11 @@ def test_a_store_without_runs_says_so(capsys: pytest.CaptureFixture[str], tmp_pa
     [
         ("tune --trials 0", "trials=0: it should be greater than or equal to 1; use a number from 1 to 10000", 2),
         ("tune --vary colour", 'Invalid value "colour" for --vary', 2),
-        ("tune --output tuned.yaml", "output='tuned.yaml': String should match pattern", 2),
+        (
+            "tune --output tuned.yaml",
+            "output='tuned.yaml': String should match pattern '\\.json$'; use a name that ends in .json",
+            2,
+        ),
         ("tune --output /nowhere/tuned.json", "output='/nowhere/tuned.json': its folder is not there; name a file", 2),
         ("tune --validation-fraction 0", "validation_fraction=0.0: it should be greater than 0; use a number", 2),
         ("runs compare one other", "", 1),

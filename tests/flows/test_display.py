@@ -50,6 +50,18 @@ def test_epochs_are_drawn_in_a_terminal_and_listed_elsewhere(console: Console) -
         ]
 
 
+def test_an_epoch_that_is_told_again_is_drawn_once(console: Console) -> None:
+    log = logging.getLogger("flows.train")
+    log.setLevel(logging.INFO)
+    with Display(console) as display:
+        for number in (1, 2, 1, 2, 3):
+            epoch = EpochMetrics(epoch=number, train_loss=2.0, train_accuracy=0.4, held_out_loss=1.0,
+                                 held_out_accuracy=0.35, seconds=2.0, images_per_second=30_000.0,
+                                 world_size=2)  # fmt: skip
+            log.info("%s", epoch, extra={"epoch": epoch, "epochs": 3})
+    assert [epoch.epoch for epoch in display.history] == ([1, 2, 3] if console.is_terminal else [])
+
+
 def test_no_handler_stays_behind(console: Console) -> None:
     shown(console)
     for name in ("pipeline", "flows", "now"):

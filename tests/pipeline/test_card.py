@@ -35,7 +35,7 @@ def test_the_card_is_published_and_read_by_the_hubs_library(report: Report, loca
     for part in ("## Use", "## Data", "## Training", "## Limits", "## Lineage", "61,706 parameters", "| lock | l |"):
         assert part in card.text, part
     assert f"**{report.evaluation.accuracy:.2%}**" in card.text
-    assert "When it was published, the rule spoke against making it the champion: promote is off for" in card.text
+    assert "When it was published, it was not proposed as the champion: promote is off for" in card.text
 
 
 @pytest.mark.parametrize("hostile", HOSTILE)

@@ -107,6 +107,16 @@ def test_weights_to_publish_and_position_can_be_read_without_a_model(small_split
         assert all(torch.equal(weights[name], value) for name, value in model.state_dict().items())
 
 
+def test_a_state_of_what_is_no_number_is_refused() -> None:
+    """JSON has none: a checkpoint of a training that diverged would be one that nobody can go on from."""
+    model, optimization = make(SEED)
+    diverged = HISTORY[0].model_copy(update={"held_out_loss": float("nan")})
+    data = encode_state(model, optimization, Position(epoch=2, history=[diverged]))
+    for read in (lambda: read_state(data), lambda: load_state(data, model, optimization)):
+        with pytest.raises(DataError, match="says not where training stood"):
+            read()
+
+
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 def test_a_model_comes_back_from_its_file_alone(small_splits: "Splits", recipe: Recipe) -> None:
     model = fold_standardise(recipe.build_model(7, 0, 0.286, 0.353)).eval()

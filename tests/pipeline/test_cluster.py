@@ -90,10 +90,12 @@ def test_gpus_are_given_to_every_worker_or_to_none(gpu: str, gpus: int, given: b
     assert decide_gpu(config, [{"CPU": 4, "GPU": gpus}]) is given
 
 
-@pytest.mark.parametrize("gpus", [0, 1])
-def test_gpus_that_are_not_there_are_refused(gpus: int) -> None:
-    rule = f"2 workers need a GPU each and Ray has {gpus}"
-    with pytest.raises(ConfigError, match=f"^gpu='yes': {rule}; use gpu=no or fewer workers$"):
+@pytest.mark.parametrize(
+    ("gpus", "remedy"),
+    [(0, "use gpu=no, or see that PyTorch and its driver find one"), (1, "use gpu=no or fewer workers")],
+)
+def test_gpus_that_are_not_there_are_refused(gpus: int, remedy: str) -> None:
+    with pytest.raises(ConfigError, match=f"^gpu='yes': 2 workers need a GPU each and Ray has {gpus}; {remedy}$"):
         decide_gpu(ClusterConfig(workers=2, gpu="yes"), [{"CPU": 8, "GPU": gpus}])
 
 

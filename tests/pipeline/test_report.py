@@ -71,7 +71,7 @@ def test_the_page_holds_the_run_in_numbers() -> None:
         "Dataset version dddddddddddd Training",
         "1 2.0000 0.3000 1.5000 0.2500 30,000 2 1.0000",
         "a 0.500 0.100–0.900 0.250 0.100–0.900 0.333 0.100–0.900 4",
-        "Not fit to be champion when it was published, against r1: r1; it recognises 3 images fewer.",
+        "Not proposed as champion when it was published, against r1: r1; it recognises 3 images fewer.",
         "-25.00 points of accuracy; 1 images are right here alone, 4 in the champion alone; McNemar's exact test gives "
         "p = 0.38.",
         "Calibration error 6.2 %",

@@ -326,16 +326,22 @@ def listening_now_and_then(config: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("worker", "checkpoint_steps", "step", "workers", "ranks"),
-    [(train_worker, None, 2, 2, "0, 1"), (listening_now_and_then, 4, 4, 1, "0")],
+    ("worker", "changes", "step", "workers", "ranks"),
+    [
+        (train_worker, {}, 2, 2, "0, 1"),
+        (listening_now_and_then, {"checkpoint_steps": 4}, 4, 1, "0"),
+        # A step is an epoch: by its update the model explodes, and by nothing that was trained on.
+        (train_worker, {"global_batch_size": 600, "activation": "relu"}, 1, 1, "0"),
+    ],
+    ids=["in the next step", "on a GPU", "at an epoch's end"],
 )
 def test_a_loss_that_explodes_is_named_and_its_weights_are_not_kept(
-    small_store: Store, manifest: Manifest, worker: Callable[[dict[str, Any]], None], checkpoint_steps: int | None,
+    small_store: Store, manifest: Manifest, worker: Callable[[dict[str, Any]], None], changes: dict[str, Any],
     step: int, workers: int, ranks: str, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(pipeline.train, "train_worker", worker)
-    config = SMALL_RUN.model_copy(update={"lr": 1e38, "checkpoint_steps": checkpoint_steps})
-    run_id = f"exploded-{worker.__name__}"
+    config = SMALL_RUN.model_copy(update={"lr": 1e38, **changes})
+    run_id = f"exploded-{step}"
     with pytest.raises(TrainingError) as raised:
         fit(small_store, run_id, manifest, config, ClusterConfig(workers=workers, gpu="no"), LoadConfig())
     assert str(raised.value) == (

@@ -6,9 +6,11 @@ import threading
 import pytest
 from ray.exceptions import OutOfMemoryError
 from ray.train import ControllerError, ScalingConfig, WorkerGroupError
+from ray.train.v2._internal.execution.failure_handling import FailureDecision
+from ray.train.v2.api.config import FailureConfig
 
 from pipeline.errors import DataError, StorageError
-from pipeline.trainer import Elastic, cause_of, mistake_of, on_signal
+from pipeline.trainer import Elastic, Failures, cause_of, mistake_of, on_signal
 
 NUMBER = signal.SIGUSR1
 
@@ -91,6 +93,16 @@ def test_what_a_user_has_to_mend_is_found_among_what_came_of_it() -> None:
 def test_a_range_of_workers_that_share_cores_finds_the_room_there_is(nodes: list[float], room: int) -> None:
     policy = Elastic(ScalingConfig(num_workers=(5, 8), resources_per_worker={"CPU": 0.2}))
     assert policy._count_possible_workers({str(node): {"CPU": cpus} for node, cpus in enumerate(nodes)}) == room
+
+
+def test_failures_are_counted_since_the_last_checkpoint() -> None:
+    kept = 0
+    policy = Failures(FailureConfig(max_failures=2), lambda: kept)
+    lost = WorkerGroupError("", {0: RuntimeError("its worker process has died")})
+    assert [policy.make_decision(lost) for _ in range(2)] == [FailureDecision.RETRY] * 2
+    kept = 3
+    found = [policy.make_decision(lost) for _ in range(3)]
+    assert found == [FailureDecision.RETRY, FailureDecision.RETRY, FailureDecision.RAISE]
 
 
 def test_what_may_pass_is_no_mistake() -> None:
