@@ -32,6 +32,7 @@ from pipeline.storage import open_store
 PATIENCE_S = 120.0
 FOLDER: Path = Stack.model_fields["folder"].default
 SETTINGS = "stack.json"
+DATABASE = "PREFECT_SERVER_DATABASE_CONNECTION_URL"  # of a Postgres, if Prefect's server is to keep its state there
 PATH_LENGTH = 80  # 107 of a socket's, less its name and supervisor's own ending
 
 
@@ -50,7 +51,9 @@ def up(stack: Stack) -> None:
         (stack.folder / SETTINGS).write_text(stack.model_dump_json(indent=2))
         # What this shell has of another cluster's, a token or a profile, would go before the stack's own.
         theirs = {
-            name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "RAY_", "PREFECT_"))
+            name: value
+            for name, value in os.environ.items()
+            if name == DATABASE or not name.startswith(("AWS_", "RAY_", "PREFECT_"))
         }
         own = {
             **environment(stack),
@@ -62,6 +65,7 @@ def up(stack: Stack) -> None:
             "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
             "PREFECT_SERVER_DATABASE_TIMEOUT": "60",  # SQLite has one writer; others wait for it rather than fail
             "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
+            "PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "10",  # until a schedule that is switched on is seen
             "PREFECT_WORKER_QUERY_SECONDS": "1",  # how often a worker asks for work: 10 is what a person waits for
             "PREFECT_LOGGING_EXTRA_LOGGERS": "pipeline,flows",
             "RAY_worker_niceness": "0",  # as of a local Ray: training does not give way to all else on this machine

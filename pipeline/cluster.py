@@ -26,13 +26,13 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.ahead import Result, Task, in_order
 from pipeline.errors import ClusterError, ConfigError, first_line
+from pipeline.storage import outage_s
 
 log = logging.getLogger(__name__)
 
 # Ray Train reads these from the environment; what the user has set there stays.
 RAY_TRAIN_SETTINGS = {
     "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "120",  # give up a hung worker after 2 minutes, not 10
-    "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": "120",  # and wait no longer for one that does not report, instead of for ever
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "25",  # Ray Train counts on a lost node for up to 20 s: not for 60
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # an actor, 2 s of a core: pipeline/trainer.py looks out by itself,
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",  # and every second, not every five
@@ -42,6 +42,9 @@ RAY_TRAIN_SETTINGS = {
 # Ray's workers give way to all other processes, at niceness 15. On a machine of one's own, with three that were busy on
 # two cores, training had not begun after 130 s; this way, after 18. No variable: other threads read the environment.
 LOCAL_RAY_SETTINGS = {"worker_niceness": 0}
+
+# For a rank that does not report others wait no longer, instead of for ever; longer than it may wait for the store.
+SILENT_S, BEYOND_OUTAGE_S = 120, 60
 
 _connecting = threading.Lock()
 _wanted_no_more = threading.Event()  # the Ray that was started ahead
@@ -210,7 +213,8 @@ def ray_session(config: ClusterConfig) -> Iterator[bool]:
     answer or grow, ConfigError when the workers do not fit.
     """
     local = config.ray_address is None
-    with _defaults(RAY_TRAIN_SETTINGS):
+    silent_s = max(SILENT_S, outage_s() + BEYOND_OUTAGE_S)
+    with _defaults(RAY_TRAIN_SETTINGS | {"RAY_TRAIN_COLLECTIVE_TIMEOUT_S": str(silent_s)}):
         with _connecting:
             started = not ray.is_initialized()
             if started:

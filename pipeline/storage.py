@@ -191,14 +191,14 @@ def open_store(url: str, field: str = "storage") -> Store:
 
 
 def _check_environment() -> None:
-    _outage_s()
+    outage_s()
     for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"):
         if (endpoint := os.environ.get(name)) and not re.match(r"(?i)https?://[^/]", endpoint):
             raise ConfigError(name, endpoint, "no http:// or https:// URL", f"write http://{endpoint}")
 
 
-def _outage_s() -> float:
-    """How long to wait for a server that is away."""
+def outage_s() -> float:
+    """Seconds for which a server that is away is waited for. ConfigError when LENET_S3_OUTAGE_S is no such number."""
     said = os.environ.get("LENET_S3_OUTAGE_S", str(S3_OUTAGE_S))
     try:
         seconds = float(said)
@@ -242,7 +242,7 @@ class PatientS3FileSystem(s3fs.S3FileSystem):  # type: ignore[misc]  # s3fs has 
 
 
 async def _patiently(call: Callable[..., Awaitable[Any]], *args: Any, **kwargs: Any) -> Any:
-    give_up = time.monotonic() + _outage_s()
+    give_up = time.monotonic() + outage_s()
     while True:
         try:
             return await call(*args, **kwargs)

@@ -221,12 +221,14 @@ def refusal(call: Callable[[], object], kind: type[PipelineError] = DataError) -
     return message
 
 
-def wait_for(condition: Callable[[], object], seconds: float) -> None:
-    """Until something is so; a failed test when it is not, for so long."""
-    deadline = time.monotonic() + seconds
+def wait_for(condition: Callable[[], object], seconds: float = 600) -> None:
+    """Until something is so; a failed test when it is not, for so long: longer than on the busiest machine, where it
+    costs nothing."""
+    deadline, asked = time.monotonic() + seconds, time.monotonic()
     while not condition():
         assert time.monotonic() < deadline, f"waited {seconds} s in vain"
-        time.sleep(0.05)
+        time.sleep(min(1, max(0.05, 5 * (time.monotonic() - asked))))  # what is waited for wants the processor, too
+        asked = time.monotonic()
 
 
 def processes_with(name: str, value: str) -> list[psutil.Process]:

@@ -85,11 +85,14 @@ def gone_on(tmp_path_factory: pytest.TempPathFactory) -> GoneOn:
 
     def run(interrupted: bool) -> Ended:
         process = command.start("--epochs", "3", "--run-id", "r")
-        if interrupted:
-            wait_for(lambda: store.exists(f"{staging('r')}/progress/00001.json"), 400)
-            os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of the foreground
-        out, err = process.communicate(timeout=300)
-        wait_for(lambda: not command.processes(), 20)
+        try:
+            if interrupted:
+                wait_for(lambda: store.exists(f"{staging('r')}/progress/00001.json"))
+                os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of the foreground
+            out, err = process.communicate(timeout=600)
+        finally:
+            process.kill()
+        wait_for(lambda: not command.processes())
         return Ended(process.returncode, out, err)
 
     first = run(interrupted=True)

@@ -1,7 +1,11 @@
 """Proves on a real Prefect server what the caretaker does about cancelled flow runs, whatever is wrong with one."""
 
 import logging
+import os
+import subprocess
+import sys
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -15,6 +19,7 @@ from flows.train_lenet import name_run, train_lenet
 from pipeline.run import RunConfig
 from tests.conftest import free_ports
 
+ROOT = Path(__file__).parents[2]
 IN_VAIN = "cannot be looked for"
 
 
@@ -54,3 +59,13 @@ def test_a_run_without_a_name_gets_one_that_can_be_asked_for_again(recipe: str) 
     parameters = {"dataset": "d" * 64, "recipe": recipe}
     run_id = name_run(parameters, datetime.now(UTC), uuid4())
     assert RunConfig.model_validate({"run_id": run_id}).run_id == run_id
+
+
+def test_without_a_server_to_look_after_it_says_so_in_a_line(tmp_path: Path) -> None:
+    env = {name: value for name, value in os.environ.items() if name != "PREFECT_API_URL"}
+    env["PREFECT_HOME"] = str(tmp_path)
+    command = [sys.executable, "-m", "flows.caretaker"]
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 2
+    assert done.stderr.startswith("caretaker: PREFECT_API_URL='': is not set; ")
+    assert done.stderr.count("\n") == 1

@@ -5,9 +5,11 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 
@@ -56,13 +58,16 @@ def pods(objects: list[Object], ray: Object) -> list[Object]:
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     running = Running(tmp_path_factory.mktemp("stack"))
     (running.folder / "ray-token").write_text(RAY_TOKEN)  # up would make another
-    done = running.command("up", *running.options)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "next:" in done.stdout
-    yield running
-    running.command("down")
-    for process in running.processes():
-        process.kill()
+    try:
+        done = running.command("up", *running.options)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "next:" in done.stdout
+        yield running
+    finally:
+        running.command("down")
+        for process in running.processes():
+            with suppress(psutil.Error):
+                process.kill()
 
 
 @pytest.fixture

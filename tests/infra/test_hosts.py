@@ -54,7 +54,7 @@ def test_workers_on_two_hosts_find_each_other(
 
     manifest = small_manifest(local_store)
     with network(4, short_folder, ROOT) as hosts:
-        cluster = Cluster(hosts, short_folder, soon=True)
+        cluster = Cluster(hosts, short_folder, soon=False)
         cluster.start_ray()
         driver = [sys.executable, "-W", "ignore", "-c", DRIVER]
         cluster.head.run([*driver, local_store.url, manifest.folder, cluster.address], cluster.env)

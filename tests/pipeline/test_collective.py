@@ -66,9 +66,7 @@ def test_every_rank_gets_the_sum_in_the_same_bytes_and_of_three_one_that_stays_a
 ) -> None:
     before = set(SHARED_MEMORY.glob("lenet-*"))
     (tmp_path / "again").mkdir()
-    started = time.monotonic()
     mp.spawn(add_up, (world_size, tmp_path), nprocs=world_size)
-    assert time.monotonic() - started < 60
     found = {path.read_bytes() for path in tmp_path.glob("*.bytes")}
     assert len(list(tmp_path.glob("*.bytes"))) == world_size
     assert [len(content) for content in found] == [TURNS * SIZE * 4]

@@ -75,7 +75,7 @@ def _cluster() -> Iterator[Cluster]:
 @pytest.fixture
 def cluster(_cluster: Cluster) -> Cluster:
     """The cluster, as soon as it has two CPUs, whatever has gone of it."""
-    wait_for(lambda: ray.cluster_resources().get("CPU") == 2, 60)  # type: ignore[no-untyped-call]
+    wait_for(lambda: ray.cluster_resources().get("CPU") == 2)  # type: ignore[no-untyped-call]
     return _cluster
 
 
@@ -150,6 +150,7 @@ def test_a_node_killed_in_mid_training_changes_nothing_nor_does_a_checkpoint_tor
     monkeypatch.setattr(pipeline.train, "train_worker", finding_its_checkpoint_torn)
 
     def kill_one() -> None:
+        wait_for(lambda: caplog.text.count("from epoch 1, step") == 2)
         # The second of the list: the first is the head, and it is the workers' nodes that fail.
         cluster.remove_node(cluster.list_all_nodes()[1], allow_graceful=False)
         cluster.add_node(num_cpus=1)  # after it: training may be over before a node has come
@@ -216,7 +217,7 @@ def test_asked_to_stop_while_no_worker_can_be_placed_it_ends(
     key = lease_key(staging("waiting"))
 
     def ask() -> None:
-        wait_for(lambda: store.exists(key), 60)
+        wait_for(lambda: store.exists(key))
         ask_to_stop(store, key)
 
     pool = ThreadPoolExecutor(1)
@@ -274,9 +275,9 @@ def test_sigterm_ends_training_with_a_checkpoint_in_mid_epoch(
 ) -> None:
     config = RUN.model_copy(update={"epochs": 12, "global_batch_size": 1, "lr": 0.001})
     driver = start_driver(store, "terminated", manifest, config)
-    wait_for(lambda: store.exists(f"{staging('terminated')}/progress/00002.json"), 300)
+    wait_for(lambda: store.exists(f"{staging('terminated')}/progress/00002.json"))
     driver.send_signal(signal.SIGTERM)
-    _, err = driver.communicate(timeout=60)
+    _, err = driver.communicate(timeout=600)
     assert driver.returncode != 0
     assert "pipeline.errors.Terminated" in err
     assert find_training(store, "terminated") is None

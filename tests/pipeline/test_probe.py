@@ -1,6 +1,6 @@
 """Proves that what is done to test images is what it is called, and that speed is measured within bounds."""
 
-import time
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -9,7 +9,7 @@ from PIL import Image, ImageFilter
 
 from pipeline.idx import Pixels
 from pipeline.metrics import Logits
-from pipeline.probe import blurred, noisy, robustness, rotated, shifted, speed
+from pipeline.probe import REPEATS, WARM_UPS, blurred, noisy, robustness, rotated, shifted, speed
 
 if TYPE_CHECKING:
     from tests.conftest import Splits
@@ -89,16 +89,22 @@ def test_images_are_left_as_they_were(small_splits: "Splits") -> None:
     assert np.array_equal(images, before)
 
 
-def test_speed_is_that_of_the_model(small_splits: "Splits") -> None:
-    def slow(images: Pixels) -> Logits:
-        time.sleep(0.002 + 0.0001 * len(images))
+def test_speed_is_that_of_the_model_and_takes_half_a_second(
+    small_splits: "Splits", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, took = 0.0, [0.002, 0.004, 0.003]
+
+    def model(images: Pixels) -> Logits:
+        nonlocal now
+        now += took[0] * len(images)
+        took.append(took.pop(0))
         return constant(images)
 
-    one, many = speed(slow, small_splits["test"][0])
+    monkeypatch.setattr("pipeline.probe.time", SimpleNamespace(perf_counter=lambda: now))
+    one, many = speed(model, small_splits["test"][0])
     assert (one.batch, many.batch) == (1, 256)
-    assert 2 < one.latency_ms <= one.latency_p95_ms < 40
-    assert 27 < many.latency_ms < 100
-    assert many.images_per_second == pytest.approx(256_000 / many.latency_ms)
-    started = time.monotonic()
-    speed(lambda images: slow(images[:1]), small_splits["test"][0])
-    assert time.monotonic() - started < 3
+    assert one.latency_ms == pytest.approx(3)
+    assert one.latency_p95_ms == pytest.approx(4)
+    assert many.latency_ms == pytest.approx(512)  # PATIENCE_S was over after one
+    assert many.images_per_second == pytest.approx(500)
+    assert now < WARM_UPS * (0.004 + 1.024) + REPEATS * 0.004 + 1.024

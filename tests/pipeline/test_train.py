@@ -167,7 +167,7 @@ def test_one_to_four_workers_agree_after_an_epoch_of_all_60000_images_and_so_do_
     assert [line for line in said if line.endswith("; going back to the one before")]
     assert [line for line in said if line.startswith("rank 0: on ") and line.endswith(f" epoch 1, step {before + 1}")]
     # A local Ray goes with its driver; but a process that was being started waits a minute for its server.
-    wait_for(lambda: not processes_with("LENET_TEST", "killed"), 180)
+    wait_for(lambda: not processes_with("LENET_TEST", "killed"))
     for run_id, training in trainings.items():
         alike = "resident-2" if run_id.startswith("resident") else "streaming-1"  # each has an order of its own
         assert_close(weights(store, run_id), weights(store, alike))
@@ -214,7 +214,7 @@ fit(store, {run_id!r}, manifest, TrainConfig(epochs=1, shift=1, checkpoint_steps
         seen.update(key for key in store.keys(f"{staging(run_id)}/ray") if key.endswith(FILE_NAME))
         return len(seen) >= checkpoints
 
-    wait_for(written, 120)
+    wait_for(written)
     driver.kill()
     driver.wait()
     assert find_training(store, run_id) is None, "it was over before it could be killed"
