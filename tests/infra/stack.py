@@ -26,8 +26,8 @@ class Running:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         base = free_range(22)
-        self.options = ["--s3-port", str(base), "--ray-port", str(base + 10)]
-        self.options += ["--prefect-port", str(base + 20), "--dashboard-port", str(base + 21)]
+        self.options = ["--prefect-port", str(base + 20), "--dashboard-port", str(base + 21)]
+        self.options += ["--s3-port", str(base), "--ray-port", str(base + 10)]
         self.http = httpx.Client(timeout=120)  # one, for to make it takes longer than to ask
 
     def command(self, name: str, *options: str) -> subprocess.CompletedProcess[str]:

@@ -22,6 +22,7 @@ from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 from ray.util.placement_group import placement_group, remove_placement_group
 
 import pipeline.train
+import pipeline.worker
 from pipeline.checkpoint import FILE_NAME, EpochMetrics, decode_model, read_state
 from pipeline.cluster import ClusterConfig
 from pipeline.errors import ClusterError, ConfigError, Terminated
@@ -229,13 +230,27 @@ def test_asked_to_stop_while_no_worker_can_be_placed_it_ends(
         remove_placement_group(others)
 
 
+def waiting_for_a_third(config: dict[str, Any]) -> None:
+    """The worker, which after three epochs with two workers waits for what becomes of it."""
+    save = pipeline.worker._save
+
+    def wait(session: Any, position: Any, metrics: dict[str, Any]) -> None:
+        save(session, position, metrics)
+        if position.epoch > 3 and session.place.world_size == 2:
+            time.sleep(300)
+
+    pipeline.worker._save = wait
+    train_worker(config)
+
+
 def test_a_range_of_workers_starts_with_those_there_is_room_for_and_grows(
     store: Store, manifest: Manifest, undisturbed: Undisturbed, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pipeline.train.RESIZE_S", 1)
+    monkeypatch.setattr(pipeline.train, "train_worker", waiting_for_a_third)
     on_epoch, acted = once_after(1, lambda: cluster.add_node(num_cpus=1) and None)
     elastic = ClusterConfig(workers="2-3", gpu="no", ray_address="auto")
-    config = RUN.model_copy(update={"epochs": 150})  # half a minute: a node takes seconds to come
+    config = RUN.model_copy(update={"epochs": 10})
     sizes: list[int] = []
 
     def watch(epoch: EpochMetrics) -> None:
@@ -247,7 +262,7 @@ def test_a_range_of_workers_starts_with_those_there_is_room_for_and_grows(
     added.result()
     assert (sizes[0], training.history[-1].world_size) == (2, 3)
     assert sizes == sorted(sizes)
-    assert_same(store, training, undisturbed(manifest, store, config), 150)
+    assert_same(store, training, undisturbed(manifest, store, config), 10)
 
 
 DRIVER = """
