@@ -24,7 +24,7 @@ from supervisor.xmlrpc import SupervisorTransport
 
 from flows.options import option
 from flows.parameters import with_parameters
-from infra.stack import AT_ONCE, BIN, BUCKET, MARK, NODES, PARTS, ROOT, Stack, configuration, environment
+from infra.stack import AT_ONCE, BIN, BUCKET, MARK, NODES, PARTS, ROOT, Stack, configuration, environment, inherited
 from pipeline.config import config_of
 from pipeline.errors import ClusterError, ConfigError, PipelineError, StorageError, first_line
 from pipeline.storage import open_store
@@ -32,7 +32,6 @@ from pipeline.storage import open_store
 PATIENCE_S = 120.0
 FOLDER: Path = Stack.model_fields["folder"].default
 SETTINGS = "stack.json"
-DATABASE = "PREFECT_SERVER_DATABASE_CONNECTION_URL"  # of a Postgres, if Prefect's server is to keep its state there
 PATH_LENGTH = 80  # 107 of a socket's, less its name and supervisor's own ending
 
 
@@ -49,12 +48,6 @@ def up(stack: Stack) -> None:
         for part in ("logs", "s3", "prefect"):
             (stack.folder / part).mkdir(parents=True, exist_ok=True)
         (stack.folder / SETTINGS).write_text(stack.model_dump_json(indent=2))
-        # What this shell has of another cluster's, a token or a profile, would go before the stack's own.
-        theirs = {
-            name: value
-            for name, value in os.environ.items()
-            if name == DATABASE or not name.startswith(("AWS_", "RAY_", "PREFECT_"))
-        }
         own = {
             **environment(stack),
             MARK: str(stack.folder.absolute()),
@@ -71,7 +64,9 @@ def up(stack: Stack) -> None:
             "RAY_worker_niceness": "0",  # as of a local Ray: training does not give way to all else on this machine
             "PYTHONWARNINGS": "ignore",
         }
-        subprocess.run([BIN / "supervisord", "--configuration", configuration(stack)], env=theirs | own, check=True)
+        subprocess.run(
+            [BIN / "supervisord", "--configuration", configuration(stack)], env=inherited(os.environ) | own, check=True
+        )
     os.environ.update(environment(stack))
     for part in AT_ONCE:
         _start(stack, part)

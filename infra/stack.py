@@ -6,6 +6,7 @@ Everything is kept in one folder: logs, data, credentials, and `env`, which a sh
 import secrets
 import shlex
 import sys
+from collections.abc import Mapping
 from configparser import RawConfigParser
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
 BUCKET = "lenet"
+DATABASE = "PREFECT_SERVER_DATABASE_CONNECTION_URL"
 MARK = "LENET_STACK"  # in the environment of every process of the stack
 NODES = ("ray-head", "ray-node-1", "ray-node-2")
 PARTS = ("s3", "prefect-server", *NODES, "prefect-worker", "caretaker")
@@ -80,6 +82,16 @@ class Stack(BaseModel):
             "ray-port": list(range(self.ray_port, self.ray_port + 1 + 2 * len(NODES))),
             "dashboard-port": [self.dashboard_port],
         }
+
+
+def inherited(variables: Mapping[str, str]) -> dict[str, str]:
+    """What of a shell's variables the parts have too. What it has of another cluster's, a token or a profile, would go
+    before the stack's own; but where Prefect's server keeps its state, if not in SQLite, the shell may say."""
+    return {
+        name: value
+        for name, value in variables.items()
+        if name == DATABASE or not name.startswith(("AWS_", "RAY_", "PREFECT_"))
+    }
 
 
 def environment(stack: Stack) -> dict[str, str]:

@@ -10,12 +10,14 @@ import re
 import subprocess
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import jsonschema
 import kubernetes_validate
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from infra.stack import Stack
+from pipeline.catalog import CATALOG
 from tests.infra.conftest import BIN, COMPOSE, INFRA, ROOT, TOOL_ENV, UP, VERSION, Object, groups
 
 DOCKERFILE = (INFRA / "Dockerfile").read_text()
@@ -147,3 +149,10 @@ def test_the_network_is_closed_but_for_what_is_named(objects: list[Object]) -> N
         assert selector["matchLabels"].items() <= labels
     accounts = {each["metadata"]["name"]: each for each in objects if each["kind"] == "ServiceAccount"}
     assert [name for name, each in accounts.items() if each["automountServiceAccountToken"]] == ["lenet-ray"]
+
+
+def test_pods_reach_every_mirror_of_the_catalogue(objects: list[Object]) -> None:
+    [web] = [each["spec"] for each in objects if (each["kind"], each["metadata"]["name"]) == ("NetworkPolicy", "web")]
+    allowed = {port["port"] for rule in web["egress"] for port in rule["ports"]}
+    mirrors = [urlsplit(mirror) for entry in CATALOG.values() for mirror in entry.mirrors]
+    assert {mirror.port or {"http": 80, "https": 443}[mirror.scheme] for mirror in mirrors} <= allowed

@@ -27,7 +27,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from flows.notify import VARIABLE
 from infra.__main__ import _found
-from infra.stack import PARTS, Stack, configuration, environment, programs
+from infra.stack import DATABASE, PARTS, Stack, configuration, environment, inherited, programs
 from pipeline.batch import read_manifest
 from pipeline.progress import PROGRESS
 from pipeline.publish import read_latest, verify_run
@@ -339,6 +339,12 @@ def test_credentials_are_made_once_and_for_this_user_alone(tmp_path: Path) -> No
     # No command line, which every user of the machine can read, has a secret in it; nor has the configuration.
     assert first["AWS_SECRET_ACCESS_KEY"] not in str(programs(stack))
     assert first["AWS_SECRET_ACCESS_KEY"] not in Path(configuration(stack)).read_text()
+
+
+def test_of_the_shell_the_parts_have_all_but_other_clusters_and_may_have_a_database() -> None:
+    shell = {"HOME": "/h", "AWS_PROFILE": "work", "RAY_ADDRESS": "10.0.0.1:6379", "PREFECT_API_URL": "http://other/api",
+             DATABASE: "postgresql+asyncpg://prefect:secret@db/prefect"}  # fmt: skip
+    assert inherited(shell) == {"HOME": "/h", DATABASE: shell[DATABASE]}
 
 
 def test_no_two_parts_take_the_same_port() -> None:

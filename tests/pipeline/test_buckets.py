@@ -123,7 +123,7 @@ def test_what_is_not_deleted_is_told(proxy: Proxy, behind: Store) -> None:
         behind.delete("a")
     assert str(raised.value) == (
         f"{behind.locate('a/1')}: not deleted (AccessDenied: said the proxy); "
-        "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+        "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE and its login"
     )
     assert not raised.value.may_pass
     assert "AccessDenied" in refusal(behind.check_writable, StorageError)

@@ -255,7 +255,7 @@ def test_wrong_credentials_are_named_by_every_operation(s3_store: Store, monkeyp
         message = refusal(lambda operation=operation: operation(refused))
         assert message.startswith(f"{s3_store.url}/"), name
         assert "access denied" in message
-        assert message.endswith("check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE")
+        assert message.endswith("check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE and its login")
         assert time.monotonic() - started < 5
 
 
@@ -263,6 +263,26 @@ def test_no_credentials_are_named(s3_store: Store, monkeypatch: pytest.MonkeyPat
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     assert "check AWS_ACCESS_KEY_ID" in refusal(open_store(s3_store.url).check_writable)
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"AWS_PROFILE": "nosuch"}, r"The config profile \(nosuch\) could not be found"),
+        ({"AWS_ACCESS_KEY_ID": "AKIA"}, "Partial credentials found in env, missing: AWS_SECRET_ACCESS_KEY"),
+    ],
+    ids=["profile", "half"],
+)
+def test_credentials_that_cannot_be_meant_are_named_and_not_tried_again(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], said: str
+) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(StorageError, match=rf"access denied \({said}\); check AWS_ACCESS_KEY_ID and ") as raised:
+        open_store("s3://bucket/prefix").read("k")
+    assert not raised.value.may_pass
 
 
 @pytest.mark.parametrize("operation", ["read", "put", "create", "check_writable"])
