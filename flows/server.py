@@ -105,7 +105,7 @@ def _refusal(started: Started | None, trouble: Exception) -> ConfigError:
             "PREFECT_API_URL",
             settings.api.url,
             f"no Prefect server answers there ({first_line(trouble)})",
-            "start it, or unset it, by prefect config unset, too, for a server that lives as long as this command",
+            "start it, or unset it, here and by prefect config unset, for a server that lives as long as this command",
         )
     started.output.seek(0)
     said = started.output.read().decode(errors="replace")

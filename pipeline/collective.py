@@ -94,7 +94,10 @@ class SharedSum:
                 raise RuntimeError(f"rank {self.rank} waited {waited:.0f} s for gradients of ranks {missing}")
             # Yielding lets another worker of a shared core go on; a sleep costs 0.06 ms to wake up from.
             os.sched_yield() if waited < SPIN_S else time.sleep(NAP_S)
-        torch.sum(row[:, :-1], dim=0, out=tensor)
+        # Not torch.sum of all rows: 68 us for two, where this takes 20.
+        torch.add(row[0, :-1], row[1, :-1], out=tensor)
+        for part in row[2:, :-1]:
+            tensor += part
         return row[:, -1].sum()
 
     def _open(self, size: int) -> Tensor | None:

@@ -16,7 +16,7 @@ from PIL import Image
 
 from pipeline import feed, predict
 from pipeline.errors import ConfigError, DataError
-from pipeline.feed import find_feed, read_column, read_unit, source_digest
+from pipeline.feed import _list, find_feed, read_column, read_unit, source_digest
 from pipeline.idx import Pixels
 from pipeline.storage import Store
 
@@ -238,3 +238,9 @@ def test_what_cannot_be_a_source_is_refused(tmp_path: Path, images: Pixels) -> N
     write(tmp_path / "empty" / "x.parquet", images[:0], 10)
     with pytest.raises(ConfigError, match="^source=.*its Parquet files have no rows; name one that has images"):
         find_feed(f"{tmp_path}/empty", "image", 28)
+
+
+@pytest.mark.usefixtures("s3_env")
+def test_a_buckets_name_may_have_a_dot() -> None:
+    store, whole, _ = _list("s3://my.photos")
+    assert (store.url, whole) == ("s3://my.photos", True)
