@@ -5,6 +5,7 @@ Whatever the pipeline keeps goes through a Store, and Parquet and Ray Train use 
 """
 
 import asyncio
+import logging
 import mimetypes
 import os
 import re
@@ -280,5 +281,7 @@ def _s3_filesystem() -> PatientS3FileSystem:
         "read_timeout": S3_READ_TIMEOUT_S,
         "retries": {"mode": "standard", "max_attempts": 1},
     }
+    for name in ("credentials", "tokens"):
+        logging.getLogger(f"aiobotocore.{name}").setLevel(logging.CRITICAL)  # of pages; what it raises is told
     # Listings are never cached: another process writes to the same bucket (fsspec/s3fs#851).
     return PatientS3FileSystem(use_listings_cache=False, config_kwargs=config)

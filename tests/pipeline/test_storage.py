@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
@@ -283,6 +284,23 @@ def test_credentials_that_cannot_be_meant_are_named_and_not_tried_again(
     with pytest.raises(StorageError, match=rf"access denied \({said}\); check AWS_ACCESS_KEY_ID and ") as raised:
         open_store("s3://bucket/prefix").read("k")
     assert not raised.value.may_pass
+
+
+def test_a_login_that_is_due_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))  # where a login is kept
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    monkeypatch.setenv("AWS_PROFILE", "work")
+    (tmp_path / "config").write_text(
+        "[profile work]\nsso_session = s\nsso_account_id = 123456789012\nsso_role_name = dev\nregion = us-east-1\n"
+        "[sso-session s]\nsso_region = us-east-1\nsso_start_url = https://localhost/start\n"
+    )
+    message = refusal(lambda: open_store("s3://bucket/prefix").read("k"))
+    assert "access denied (Error loading SSO Token: Token for s does not exist); check AWS_" in message
+    assert caplog.text == ""
 
 
 @pytest.mark.parametrize("operation", ["read", "put", "create", "check_writable"])
