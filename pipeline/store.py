@@ -27,6 +27,7 @@ LASTING = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 
 # Where file systems keep what they mend, at their root, and nobody but root may look.
 LOST_AND_FOUND = "lost+found"
+DELETE_ATTEMPTS = 10
 _TEMPORARY = re.compile(r"(^|/)\.[^/]+\.(tmp|lock)$")
 
 
@@ -197,11 +198,16 @@ class LocalStore(Store):
     def delete(self, prefix: str) -> None:
         path = Path(self.path(prefix))
         with self._explained(prefix):
+            attempt = 0
             while path.is_dir() and not path.is_symlink():
+                attempt += 1
                 try:
                     shutil.rmtree(path)
-                except OSError as error:  # another deletes here too, or still writes
-                    if error.errno not in (errno.ENOENT, errno.ENOTEMPTY):
+                except FileNotFoundError:
+                    pass  # another was quicker with a part of it
+                except OSError as error:
+                    # Another still writes there; or the folder is on NFS, which keeps what somebody has open.
+                    if error.errno != errno.ENOTEMPTY or attempt == DELETE_ATTEMPTS:
                         raise
             path.unlink(missing_ok=True)
 

@@ -39,7 +39,7 @@ settings.load_profile("lenet")
 
 Splits = dict[str, tuple[Pixels, Pixels]]
 
-START_DEADLINE_S = 30
+START_DEADLINE_S = 120
 # One token for every Ray that tests start, on loopback, the stack's too. A process reads these when it imports Ray, and
 # the conftests of the folders below do so. Workers get their share of a busy machine, as those of a local Ray do.
 RAY_TOKEN = "5" * 64
@@ -132,15 +132,6 @@ class S3Server:
                 stderr=log,
                 start_new_session=True,
             )
-        deadline = time.monotonic() + START_DEADLINE_S
-        while time.monotonic() < deadline and self._process.poll() is None:
-            if self._takes_an_object():
-                return True
-            time.sleep(0.05)
-        self.stop()
-        return False
-
-    def _takes_an_object(self) -> bool:
         client = botocore.session.Session().create_client(
             "s3",
             endpoint_url=self.endpoint,
@@ -149,13 +140,17 @@ class S3Server:
             aws_secret_access_key=self.secret_key,
             config=botocore.config.Config(connect_timeout=2, read_timeout=5, retries={"max_attempts": 0}),
         )
+        deadline = time.monotonic() + START_DEADLINE_S
         try:
-            client.put_object(Bucket=self.bucket, Key="ready", Body=b"ready")
-        except (botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError):
-            return False
+            while time.monotonic() < deadline and self._process.poll() is None:
+                with contextlib.suppress(botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError):
+                    client.put_object(Bucket=self.bucket, Key="ready", Body=b"ready")
+                    return True
+                time.sleep(0.05)
         finally:
             client.close()
-        return True
+        self.stop()
+        return False
 
 
 class _ByFile(LoadFileScheduling):
