@@ -1,8 +1,8 @@
 """`make faults`: trainings whose workers, nodes and drivers are killed at random times; writes docs/faults.md.
 
 Each training runs in a process of its own on a real Ray of a head and three nodes. When it is under way, one after the
-other in random order, a worker process, a node (its raylet) and the driver get SIGKILL; a killed node is replaced, and
-a killed driver started again. Every training has to end, with the weights of one that nothing happened to.
+other in random order, a worker process, a node (its raylet) with a worker and the driver get SIGKILL; a killed node is
+replaced, and a killed driver started again, at once. Every training has to end, with the weights of one that nothing happened to.
 """
 
 import os
@@ -12,11 +12,12 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import psutil
 from cyclopts import App, Parameter
@@ -120,21 +121,28 @@ def disturb(store: Store, manifest: Manifest, run_id: str, kinds: list[str], cha
             time.sleep(chance.uniform(0.5, 4))
             rate = pace(store, run_id)
             done, written = newest(store, run_id)
-            killed = time.time()
+            victim = chance.choice(workers())
+            node = node_of(cluster, victim)
+            killed, began = time.time(), time.monotonic()
+            replaced: list[threading.Thread] = []
             if kind == "driver":
                 driver.kill()
                 driver.wait()
                 driver = start(store, manifest, run_id, cluster.address)
             elif kind == "node":
-                cluster.remove_node(chance.choice(cluster.list_all_nodes()[1:]), allow_graceful=False)
-                cluster.add_node(num_cpus=1)
+                cluster.remove_node(node, allow_graceful=False)
+                replaced.append(threading.Thread(target=cluster.add_node, kwargs={"num_cpus": 1}))
+                replaced[0].start()
             else:
-                os.kill(chance.choice(workers(cluster)).pid, signal.SIGKILL)
+                os.kill(victim.pid, signal.SIGKILL)
             # Steps of before the kill may still be on their way to the store.
-            seconds = wait_for(
+            wait_for(
                 lambda: newest(store, run_id)[0] > done + CHECKPOINT_STEPS or driver.poll() is not None,  # noqa: B023
                 f"no step after the {kind} was killed",
             )
+            seconds = time.monotonic() - began
+            for thread in replaced:
+                thread.join()
             training.kills.append(Kill(kind, min(round((killed - written) * rate), STEPS_PER_EPOCH), seconds))
             print(run_id, training.kills[-1], flush=True)
         if driver.wait(PATIENCE_S):
@@ -152,9 +160,14 @@ def pace(store: Store, run_id: str) -> float:
     return (second - first) / (time.monotonic() - started)
 
 
-def workers(cluster: Cluster) -> list[psutil.Process]:
-    """The training's worker processes."""
-    del cluster  # all are children of this process's raylets
+def node_of(cluster: Cluster, worker: psutil.Process) -> Any:
+    """The Ray node that a worker process belongs to."""
+    above = {parent.pid for parent in worker.parents()}
+    return next(node for node in cluster.list_all_nodes() if node.all_processes["raylet"][0].process.pid in above)
+
+
+def workers() -> list[psutil.Process]:
+    """The training's worker processes: all are children of this process's raylets."""
     mine = psutil.Process().children(recursive=True)
     found = [process for process in mine if "RayTrainWorker" in " ".join(process.cmdline())]
     assert found
