@@ -2,7 +2,8 @@
 
 Each training runs in a process of its own on a real Ray of a head and three nodes. When it is under way, one after the
 other in random order, a worker process, a node (its raylet) with a worker and the driver get SIGKILL; a killed node is
-replaced, and a killed driver started again, at once. Every training has to end, with the weights of one that nothing happened to.
+replaced, and a killed driver started again, at once. Every training has to end, with the weights of one that nothing
+happened to.
 """
 
 import os
