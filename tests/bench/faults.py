@@ -1,9 +1,9 @@
 """`make faults`: trainings whose workers, nodes and drivers are killed at random times; writes docs/faults.md.
 
 Each training runs in a process of its own on a real Ray of a head and three nodes. When it is under way, one after the
-other in random order, a worker process, a node (its raylet) with a worker and the driver get SIGKILL; the two nodes that
-are left have room for both workers, and a killed driver is started again at once. Every training has to end, with the
-weights of one that nothing happened to.
+other in random order, a worker process, a node (its raylet) with a worker and the driver get SIGKILL; the two nodes
+that are left have room for both workers, and a killed driver is started again at once. Every training has to end, with
+the weights of one that nothing happened to.
 """
 
 import os
