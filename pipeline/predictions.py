@@ -86,13 +86,18 @@ def decode_predictions(data: bytes) -> Predictions:
     return Predictions(int(rows[0]), labels, predicted, logits)
 
 
+def prediction_files(artifacts: dict[str, Artifact]) -> list[str]:
+    """Names of those of a run's artifacts that are its predictions, in the order of the rows."""
+    return sorted(name for name in artifacts if name.startswith("predictions/"))
+
+
 def read_predictions(store: Store, folder: str, artifacts: dict[str, Artifact]) -> Iterator[Predictions]:
     """The predictions of a run, file by file in the order of the rows; `artifacts` has them by name under `folder`.
 
     Raises DataError for one that is missing, altered, or does not go on where the one before ended.
     """
     next_row = 0
-    for name in sorted(name for name in artifacts if name.startswith("predictions/")):
+    for name in prediction_files(artifacts):
         key = f"{folder}/{name}"
         try:
             part = decode_predictions(read_checked(store, key, artifacts[name]))

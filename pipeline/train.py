@@ -131,11 +131,11 @@ def _train(
             if hold.superseded():
                 return
             raise
-        ended = _ended(store, run_id) if position.epoch <= job.recipe.epochs else {}
-        if hold.lost or (position.epoch <= job.recipe.epochs and hold.superseded()):
+        unfinished = position.epoch <= job.recipe.epochs
+        if hold.lost or (unfinished and hold.superseded()):
             return
-        if position.epoch <= job.recipe.epochs:
-            raise _unfinished(ended, job, position)
+        if unfinished:
+            raise _unfinished(_ended(store, run_id), job, position)
     candidate = encode_model(_plain(job, weights))
     digest = sha256(candidate)
     # Named by content: two attempts, perhaps on other workers, that end at the same time do not overwrite each other.

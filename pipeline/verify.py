@@ -16,7 +16,7 @@ from pipeline.card import render_card
 from pipeline.errors import DataError
 from pipeline.evaluate import TOLERANCE, JudgeShard, ShardVerdict, apart, load_model, require_agreement
 from pipeline.metrics import Logits, Tally, Verdict
-from pipeline.predictions import decode_predictions, digest_of_rows, read_predictions
+from pipeline.predictions import decode_predictions, digest_of_rows, prediction_files, read_predictions
 from pipeline.publish import (
     CARD,
     FORMAT_VERSION,
@@ -157,7 +157,7 @@ def _predict_again(store: Store, run: RunManifest, dataset: Manifest, report: Re
         raise DataError(f"{store.locate(folder)}: was judged by other test images than the dataset's; do not use it")
     require_agreement(total.differences)
     evaluation = report.evaluation
-    files = {name: part for name, part in run.artifacts.items() if name.startswith("predictions/")}
+    files = {name: run.artifacts[name] for name in prediction_files(run.artifacts)}
     if evaluation.forms.keys() != set(FORMS) or evaluation.predictions != files:
         where = f"{store.locate(folder)}/report.json"
         raise DataError(f"{where}: its forms or predictions are not the manifest's; do not use the run")

@@ -16,6 +16,12 @@ def console(request: pytest.FixtureRequest) -> Console:
     return Console(file=io.StringIO(), force_terminal=request.param, width=100)
 
 
+def metrics(number: int) -> EpochMetrics:
+    """What an epoch might come to."""
+    return EpochMetrics(epoch=number, train_loss=2 / number, train_accuracy=0.4, held_out_loss=1.0,
+                        held_out_accuracy=0.35, seconds=2.0, images_per_second=30_000.0, world_size=2)  # fmt: skip
+
+
 def shown(console: Console) -> str:
     """All that was written while two of three epochs went by."""
     log = logging.getLogger("flows.train")
@@ -26,10 +32,7 @@ def shown(console: Console) -> str:
         now = Now(epoch=1, step=60, steps=240, loss=2.1, accuracy=0.25, images_per_second=1000.0)
         logging.getLogger("now").info("%s", now, extra={"now": now, "epochs": 3, "images": 60_000})
         for number in (1, 2):
-            epoch = EpochMetrics(epoch=number, train_loss=2 / number, train_accuracy=0.4, held_out_loss=1.0,
-                                 held_out_accuracy=0.35, seconds=2.0, images_per_second=30_000.0,
-                                 world_size=2)  # fmt: skip
-            log.info("epoch %d of 3: %s", number, epoch, extra={"epoch": epoch, "epochs": 3})
+            log.info("epoch %d of 3: %s", number, metrics(number), extra={"epoch": metrics(number), "epochs": 3})
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
 
@@ -55,10 +58,7 @@ def test_an_epoch_that_is_told_again_is_drawn_once(console: Console) -> None:
     log.setLevel(logging.INFO)
     with Display(console) as display:
         for number in (1, 2, 1, 2, 3):
-            epoch = EpochMetrics(epoch=number, train_loss=2.0, train_accuracy=0.4, held_out_loss=1.0,
-                                 held_out_accuracy=0.35, seconds=2.0, images_per_second=30_000.0,
-                                 world_size=2)  # fmt: skip
-            log.info("%s", epoch, extra={"epoch": epoch, "epochs": 3})
+            log.info("epoch %d of 3: %s", number, metrics(number), extra={"epoch": metrics(number), "epochs": 3})
     assert [epoch.epoch for epoch in display.history] == ([1, 2, 3] if console.is_terminal else [])
 
 
