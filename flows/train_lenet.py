@@ -26,6 +26,7 @@ from flows.notify import notify, on_failure
 from flows.parameters import with_parameters
 from pipeline import run
 from pipeline.checkpoint import EpochMetrics
+from pipeline.cluster import ClusterConfig
 from pipeline.config import config_of
 from pipeline.errors import PipelineError, Terminated
 from pipeline.evaluate import Evaluation, Exported
@@ -149,8 +150,8 @@ def name_run(parameters: dict[str, Any], started: datetime | None, flow_run_id: 
 def _flow_run_name() -> str:
     """Dataset, recipe and workers, as the runs' list shows them."""
     parameters = flow_run.parameters
-    workers = f"{parameters['workers']} {'worker' if str(parameters['workers']) == '1' else 'workers'}"
-    return f"{parameters['dataset']} {Path(parameters['recipe']).stem} on {workers}"
+    workers = ClusterConfig.model_validate({name: parameters[name] for name in ClusterConfig.model_fields}).wanted
+    return f"{parameters['dataset']} {Path(parameters['recipe']).stem} on {workers} worker{'s' * (workers != 1)}"
 
 
 @flow(name="train-lenet", flow_run_name=_flow_run_name, on_failure=[on_failure])

@@ -57,14 +57,19 @@ HTTP2_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0" + HTTP2_SETTINGS +
 # which load gigabytes of image.
 ANSWER_S, GROW_S = 20, 900
 MAX_WORKERS = 10_000
+AUTO, AUTO_WORKERS = "auto", 2
 
 
 def _checked_workers(value: int | str) -> int | str:
-    """A number, or a range with its ends apart. ValueError for anything else."""
+    """Auto, a number, or a range with its ends apart. ValueError for anything else."""
+    if value == AUTO:
+        return AUTO
     match = re.fullmatch(r"(\d+)(?:-(\d+))?", str(value))
     least, most = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
     if not 1 <= least <= most <= MAX_WORKERS:
-        raise ValueError(f"it should be a number from 1 to {MAX_WORKERS} or a range of them; use one like 2 or 2-8")
+        raise ValueError(
+            f"it should be auto, a number from 1 to {MAX_WORKERS} or a range of them; use one like 2 or 2-8"
+        )
     return least if least == most else f"{least}-{most}"
 
 
@@ -74,9 +79,10 @@ class ClusterConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     workers: Annotated[int | str, AfterValidator(_checked_workers)] = Field(
-        2,
+        AUTO,
         description="Ray Train workers, from 1 to 10000; each takes its part of every batch. A range like 2-8 starts "
-        "with as many as there is room for, and grows and shrinks with the cluster.",
+        "with as many as there is room for, and grows and shrinks with the cluster. auto is one for each GPU of this "
+        "machine, or else two, or one on a single core; on a cluster it is two.",
     )
     cpus_per_worker: float = Field(
         1, gt=0, le=256, description="CPU cores for each worker; below 1, workers share a core."
@@ -92,11 +98,21 @@ class ClusterConfig(BaseModel):
     )
 
     @property
+    def wanted(self) -> int | str:
+        """The workers as a number or a range: what auto comes to."""
+        if self.workers != AUTO:
+            return self.workers
+        if self.ray_address is not None:
+            return AUTO_WORKERS
+        return auto_workers(local_resources(), self.cpus_per_worker, self.gpu != "no")
+
+    @property
     def world_size(self) -> int | tuple[int, int]:
         """The number of workers, or the least and the most, as Ray Train takes it."""
-        if isinstance(self.workers, int):
-            return self.workers
-        least, _, most = self.workers.partition("-")
+        wanted = self.wanted
+        if isinstance(wanted, int):
+            return wanted
+        least, _, most = wanted.partition("-")
         return int(least), int(most)
 
     @property
@@ -129,6 +145,12 @@ def placeable(nodes: Iterable[Mapping[str, float]], cpus: float, gpus: float) ->
     return fitting
 
 
+def auto_workers(node: Mapping[str, float], cpus: float, gpu: bool) -> int:
+    """How many workers of `cpus` each a machine with these resources is asked for, if it may be with a GPU each."""
+    with_gpu = placeable([node], cpus, 1) if gpu else 0
+    return with_gpu or max(1, min(AUTO_WORKERS, placeable([node], cpus, 0)))
+
+
 def local_resources() -> dict[str, float]:
     """CPUs (affinity and cgroup limits counted) and GPUs of this machine."""
     return {"CPU": float(joblib.cpu_count()), "GPU": float(torch.cuda.device_count())}
@@ -142,7 +164,7 @@ def decide_gpu(config: ClusterConfig, nodes: list[Mapping[str, float]]) -> bool:
         cpus = _total("CPU", nodes)
         raise ConfigError(
             "workers",
-            config.workers,
+            config.wanted,
             f"Ray has room for {room} on {cpus} CPUs with cpus_per_worker={config.cpus_per_worker:g}",
             "ask for fewer, or lower cpus_per_worker",
         )
@@ -282,7 +304,7 @@ def _find_room(config: ClusterConfig) -> bool:
     if idle and not gpu and config.gpu == "auto":
         log.info(
             "training on CPUs: %s workers would need a GPU each, and there are %d; ask for fewer to use them",
-            config.workers, idle,
+            config.wanted, idle,
         )  # fmt: skip
     return gpu
 
@@ -296,12 +318,12 @@ def _wait_for_machines(config: ClusterConfig, group: PlacementGroup, refusal: Co
         if not starting and (state.pending_instances or state.pending_instance_requests) and not refused:
             starting = True
             minutes = GROW_S // 60
-            log.info("the cluster starts machines for %s workers; waiting up to %d minutes", config.workers, minutes)
+            log.info("the cluster starts machines for %s workers; waiting up to %d minutes", config.wanted, minutes)
         if refused or (not starting and waited > ANSWER_S):
             raise refusal
         if waited > GROW_S:
             raise ClusterError(
-                f"workers={config.workers}: the cluster has not started machines for them in {GROW_S // 60} minutes; "
+                f"workers={config.wanted}: the cluster has not started machines for them in {GROW_S // 60} minutes; "
                 "see its autoscaler's log, or ask for fewer"
             )
 

@@ -120,7 +120,7 @@ def _train(
         )
         log.info(
             "starting Ray workers: %s, epochs: %d; training images (%.0f MiB) are %s",
-            cluster.workers,
+            cluster.wanted,
             job.recipe.epochs,
             manifest.pixel_bytes("train") / MIB,
             "resident in each" if job.loading == "resident" else "streamed",

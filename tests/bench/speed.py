@@ -57,7 +57,7 @@ def main(
             measured["ours_rate"].append(ours.rate)
             measured["ahead"].append(ours.ahead)
             measured["after"].append(ours.after)
-            measured["one_rate"].append(run_ours(root / f"one-{number}", SHORT, "--workers", "1").rate)
+            measured["one_rate"].append(run_ours(root / f"one-{number}", SHORT, workers=1).rate)
             if multiplies_bfloat16(torch.device("cpu")):
                 rough = run_ours(root / f"rough-{number}", SHORT, "--precision", "bfloat16")
                 measured["rough_rate"].append(rough.rate)
@@ -145,10 +145,10 @@ class Ours:
     rate: float
 
 
-def run_ours(store: Path, epochs: int, *options: str) -> Ours:
+def run_ours(store: Path, epochs: int, *options: str, workers: int = 2) -> Ours:
     """Run the command, and hear what it says when."""
     lenet = str(Path(sys.executable).with_name("lenet"))
-    command = [lenet, "train", "--epochs", str(epochs), "--storage", str(store), *options]
+    command = [lenet, "train", "--epochs", str(epochs), "--storage", str(store), "--workers", str(workers), *options]
     started, at, line = time.perf_counter(), dict[str, float](), ""
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         for line in process.stdout or ():

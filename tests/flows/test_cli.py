@@ -34,10 +34,10 @@ def assert_one_line(capsys: pytest.CaptureFixture[str], message: str) -> None:
         ("--global-batch-size 0", "global_batch_size=0: it should be greater than or equal to 1;", 2),
         (
             "--workers 0",
-            "workers=0: it should be a number from 1 to 10000 or a range of them; use one like 2 or 2-8",
+            "workers=0: it should be auto, a number from 1 to 10000 or a range of them; use one like 2 or 2-8",
             2,
         ),
-        ("--workers 3-2", "workers='3-2': it should be a number from 1 to 10000 or a range of them; use one", 2),
+        ("--workers 3-2", "workers='3-2': it should be auto, a number from 1 to 10000 or a range of them; use", 2),
         (
             "--recipe best",
             "recipe='best': no such recipe; use one of seed, classic, modern, or a recipe's .json file",

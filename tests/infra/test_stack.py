@@ -89,7 +89,7 @@ def test_a_deployment_has_the_form_of_the_command_line_and_a_schedule_that_is_of
     schema = deployment["parameter_openapi_schema"]["properties"]
     assert list(schema) == list(RunConfig.model_fields)
     assert "Passes over the training set." in schema["epochs"]["description"]
-    assert (schema["lr"]["anyOf"][0]["maximum"], schema["workers"]["default"]) == (100, 2)
+    assert (schema["lr"]["anyOf"][0]["maximum"], schema["workers"]["default"]) == (100, "auto")
     assert [(s["schedule"]["cron"], s["active"]) for s in deployment["schedules"]] == [("0 3 * * *", False)]
     assert deployment["global_concurrency_limit"]["limit"] == 1
 

@@ -28,6 +28,7 @@ from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
 
 from pipeline.cluster import (
     ClusterConfig,
+    auto_workers,
     check_cluster,
     decide_gpu,
     local_resources,
@@ -87,6 +88,28 @@ def test_small_nodes_do_not_add_up_to_a_large_one() -> None:
 def test_gpus_are_given_to_every_worker_or_to_none(gpu: str, gpus: int, given: bool) -> None:
     config = ClusterConfig.model_validate({"workers": 2, "gpu": gpu})
     assert decide_gpu(config, [{"CPU": 4, "GPU": gpus}]) is given
+
+
+@pytest.mark.parametrize(
+    ("cpus", "gpus", "per_worker", "gpu", "workers"),
+    [
+        (8, 0, 1, True, 2),
+        (8, 1, 1, True, 1),
+        (8, 4, 1, True, 4),
+        (8, 4, 1, False, 2),
+        (2, 4, 1, True, 2),
+        (1, 0, 1, True, 1),
+        (3, 0, 2, True, 1),
+        (1, 0, 2, True, 1),  # which does not fit, and is refused
+    ],
+)
+def test_how_many_workers_auto_is(cpus: int, gpus: int, per_worker: float, gpu: bool, workers: int) -> None:
+    assert auto_workers({"CPU": cpus, "GPU": gpus}, per_worker, gpu) == workers
+
+
+def test_auto_goes_by_this_machine_where_ray_is_its_own_alone() -> None:
+    assert ClusterConfig().wanted == auto_workers(local_resources(), 1, True)
+    assert ClusterConfig(ray_address="auto").world_size == ClusterConfig(ray_address="http://h:8265").wanted == 2
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ def config_of(parameters: dict[str, Any]) -> RunConfig:
         ({"global_batch_size": 0}, "global_batch_size=0: it should be greater than or equal to 1; "
                                    "use a number from 1 to 1000000"),
         ({"lr": 0}, "lr=0: it should be greater than 0; use a number above 0, up to 100"),
-        ({"workers": 0}, "workers=0: it should be a number from 1 to 10000 or a range of them; "
+        ({"workers": 0}, "workers=0: it should be auto, a number from 1 to 10000 or a range of them; "
                          "use one like 2 or 2-8"),
         ({"shard_mib": 5000}, "shard_mib=5000: it should be less than or equal to 1024; "
                               "use a number above 0, up to 1024"),
