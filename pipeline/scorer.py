@@ -8,7 +8,7 @@ and holds a few images at a time.
 import contextlib
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -19,8 +19,9 @@ import pyarrow.parquet as pq
 import ray
 import ray.data
 from pydantic import BaseModel, ConfigDict, ValidationError
+from ray._private.state import available_resources_per_node
 
-from pipeline.cluster import ClusterConfig, ray_session
+from pipeline.cluster import ClusterConfig, placeable, ray_session
 from pipeline.errors import ClusterError, DataError, StorageError
 from pipeline.feed import Feed, Slice, Unit, read_unit
 from pipeline.metrics import Logits
@@ -253,14 +254,18 @@ def _room(cluster: ClusterConfig, pinned: bool) -> tuple[int, dict[str, str]]:
     Ray Data waits for ever for CPUs that others hold, so it is not told to use more than are free.
     """
     here = ray.get_runtime_context().get_node_id()
-    nodes = [node for node in ray.nodes() if node["Alive"] and (not pinned or node["NodeID"] == here)]  # type: ignore[no-untyped-call]
-    room = int(sum(node["Resources"].get("CPU", 0) for node in nodes))
+    all_there_is = {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}  # type: ignore[no-untyped-call]
+
+    def cpus(resources: Mapping[str, Mapping[str, float]]) -> int:
+        return placeable([of for node, of in resources.items() if node == here or not pinned], 1, 0)
+
+    room = cpus(all_there_is)
     if not room:
         raise ClusterError(
             "this machine gives Ray no CPU, and files of it are asked for; use s3:// for source and output"
         )
     give_up = time.monotonic() + FREE_CPU_S
-    while (free := int(ray.available_resources().get("CPU", 0))) < 1:  # type: ignore[no-untyped-call]
+    while (free := cpus(available_resources_per_node())) < 1:  # type: ignore[no-untyped-call]
         if time.monotonic() > give_up:
             raise ClusterError(f"no CPU of Ray came free in {FREE_CPU_S} s; let other work end, then run again")
         time.sleep(0.5)
