@@ -1,7 +1,8 @@
 """Looks after flow runs whose process is gone: `python -m flows.caretaker`, one process beside each Prefect server.
 
 A crashed flow run is given to the workers again, and so goes on from its checkpoint, or follows the Ray job that still
-trains. The job of a cancelled flow run whose process could not stop it any more is stopped.
+trains; of one that crashes each time, people are told, as no process of its own is left to do so. The job of a
+cancelled flow run whose process could not stop it any more is stopped.
 
 Prefect's own hooks run in the process that died; its automations, tried for this, fired four times for one crash and
 not at all for the next.
@@ -27,8 +28,9 @@ from prefect.client.schemas.filters import (
 from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.exceptions import PrefectException
-from prefect.states import AwaitingRetry
+from prefect.states import AwaitingRetry, Failed
 
+from flows.notify import notify
 from flows.server import require_url
 from flows.train_lenet import name_run
 from pipeline import run
@@ -48,15 +50,13 @@ LIVES = 4
 
 
 def to_revive(crashed: Iterable[FlowRun], now: datetime) -> list[UUID]:
-    """Those that have begun, have not used up their lives, and crashed a while ago, but not long ago.
+    """Those that have begun, have not used up their lives, and crashed a while ago, but not long ago."""
+    return [found.id for found in _deployed(crashed, now) if 1 <= found.run_count < LIVES]
 
-    One that never began cannot: its code is not to be found, say.
-    """
-    return [
-        found.id
-        for found in crashed
-        if found.deployment_id is not None and found.run_count < LIVES and _settled(found, now)
-    ]
+
+def to_give_up(crashed: Iterable[FlowRun], now: datetime) -> list[FlowRun]:
+    """Those that have used up their lives, or never began: their code is not to be found, say."""
+    return [found for found in _deployed(crashed, now) if not 1 <= found.run_count < LIVES]
 
 
 def revive(client: SyncPrefectClient, now: datetime) -> list[UUID]:
@@ -68,12 +68,24 @@ def revive(client: SyncPrefectClient, now: datetime) -> list[UUID]:
     return ids
 
 
+def give_up(client: SyncPrefectClient, now: datetime) -> list[UUID]:
+    """Let what goes on no more count as failed, and tell people; the ids of those flow runs."""
+    hopeless = to_give_up(_find(client, StateType.CRASHED), now)
+    for found in hopeless:
+        how = f"crashed {found.run_count} times; the last time" if found.run_count else "crashed before it began"
+        message = f"{how}: {found.state.message if found.state else ''}"
+        client.set_flow_run_state(found.id, Failed(message=message), force=True)
+        log.info("flow run %s is given up: %s", found.id, message)
+        notify(f"{found.name}: Failed", message)
+    return [found.id for found in hopeless]
+
+
 def stop_left(client: SyncPrefectClient, now: datetime, seen: set[UUID]) -> list[str]:
     """Stop the jobs of cancelled flow runs, each flow run looked at once and kept in `seen`; the runs that were still
     trained."""
     training = FlowFilter(name=FlowFilterName(any_=[TRAINING]))
-    cancelled = [found for found in _find(client, StateType.CANCELLED, flows=training) if _settled(found, now)]
-    left = [found for found in cancelled if found.id not in seen]
+    cancelled = [found for found in _find(client, StateType.CANCELLED, flows=training) if found.run_count]
+    left = [found for found in cancelled if found.id not in seen and _settled(found, now)]
     if not left:
         return []
     # By whatever command: whoever gave the run id again trains now.
@@ -93,11 +105,13 @@ def stop_left(client: SyncPrefectClient, now: datetime, seen: set[UUID]) -> list
     return stopped
 
 
+def _deployed(crashed: Iterable[FlowRun], now: datetime) -> list[FlowRun]:
+    return [found for found in crashed if found.deployment_id is not None and _settled(found, now)]
+
+
 def _settled(found: FlowRun, now: datetime) -> bool:
-    """Whether a flow run that has begun came into its state a while ago, but not long ago."""
-    if found.state is None or found.run_count < 1:
-        return False
-    return SETTLED <= now - found.state.timestamp <= FORGOTTEN
+    """Whether a flow run came into its state a while ago, but not long ago."""
+    return found.state is not None and SETTLED <= now - found.state.timestamp <= FORGOTTEN
 
 
 def _find(
@@ -125,6 +139,7 @@ def main() -> None:
         while True:
             try:
                 revive(client, datetime.now(UTC))
+                give_up(client, datetime.now(UTC))
                 stop_left(client, datetime.now(UTC), seen)
             except (httpx.HTTPError, PrefectException) as error:
                 log.warning("Prefect cannot be asked: %s", error)

@@ -1,4 +1,5 @@
-"""Proves on a real Prefect server what the caretaker does about cancelled flow runs, whatever is wrong with one."""
+"""Proves on a real Prefect server what the caretaker does about cancelled flow runs, whatever is wrong with one, and
+about those that crash again and again."""
 
 import logging
 import os
@@ -12,9 +13,10 @@ from uuid import UUID, uuid4
 import pytest
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.objects import State
-from prefect.states import Cancelled, Running
+from prefect.states import Cancelled, Crashed, Running
+from prefect.variables import Variable
 
-from flows.caretaker import SETTLED, TAG, stop_left
+from flows.caretaker import LIVES, SETTLED, TAG, give_up, revive, stop_left
 from flows.train_lenet import name_run, train_lenet
 from pipeline.run import RunConfig
 from tests.conftest import free_ports
@@ -52,6 +54,37 @@ def test_cancelled_flow_runs_are_looked_at_once_each_whatever_is_wrong_with_one_
         caplog.clear()
         stop_left(client, settled, seen)
         assert IN_VAIN not in caplog.text
+
+
+@pytest.mark.usefixtures("prefect")
+def test_what_crashed_too_often_or_never_began_is_given_up_and_people_are_told(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    with get_client(sync_client=True) as client:
+        Variable.set("lenet_notify", "no-such/block", overwrite=True)
+        deployment = client.create_deployment(client.create_flow(train_lenet), "train-lenet", tags=[TAG])
+
+        def crashed(*begun: State[Any]) -> UUID:
+            found = client.create_flow_run_from_deployment(deployment)
+            for state in [*begun, Crashed(message="the process is gone")]:
+                client.set_flow_run_state(found.id, state, force=True)
+            return found.id
+
+        often, never, once = crashed(*[Running()] * LIVES), crashed(), crashed(Running())
+        assert give_up(client, datetime.now(UTC)) == []  # not settled yet
+        settled = datetime.now(UTC) + SETTLED
+        assert set(give_up(client, settled)) == {often, never}
+        assert give_up(client, settled) == []
+        assert revive(client, settled) == [once]
+        states = [client.read_flow_run(found).state for found in (often, never)]
+    messages = [
+        f"crashed {LIVES} times; the last time: the process is gone",
+        "crashed before it began: the process is gone",
+    ]
+    assert [(state.name, state.message) for state in states if state] == [("Failed", text) for text in messages]
+    said = [record.getMessage() for record in caplog.records if record.name == "flows.notify"]
+    assert sum(line.startswith("nobody was notified that ") for line in said) == 2  # but tried
 
 
 @pytest.mark.parametrize("recipe", ["modern", "./mine/Tuned on müde.json", f"/{'x' * 99}.json"])
