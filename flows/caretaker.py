@@ -35,7 +35,7 @@ from flows.server import require_url
 from flows.train_lenet import name_run
 from pipeline import run
 from pipeline.config import config_of
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, PipelineError
 
 log = logging.getLogger(__name__)
 
@@ -80,28 +80,35 @@ def give_up(client: SyncPrefectClient, now: datetime) -> list[UUID]:
     return [found.id for found in hopeless]
 
 
-def stop_left(client: SyncPrefectClient, now: datetime, seen: set[UUID]) -> list[str]:
-    """Stop the jobs of cancelled flow runs, each flow run looked at once and kept in `seen`; the runs that were still
-    trained."""
+def stop_left(client: SyncPrefectClient, now: datetime, seen: dict[UUID, bool]) -> list[str]:
+    """Stop the jobs of cancelled flow runs; the runs that were still trained. `seen` keeps those that were looked at,
+    and whether that is done: while the cluster or the store is away, they are looked at again."""
     training = FlowFilter(name=FlowFilterName(any_=[TRAINING]))
-    cancelled = [found for found in _find(client, StateType.CANCELLED, flows=training) if found.run_count]
-    left = [found for found in cancelled if found.id not in seen and _settled(found, now)]
+    left = [
+        found
+        for found in _find(client, StateType.CANCELLED, flows=training)
+        if found.run_count and not seen.get(found.id) and _settled(found, now)
+    ]
     if not left:
         return []
-    # By whatever command: whoever gave the run id again trains now.
-    begun = _find(client, StateType.PENDING, StateType.RUNNING, flows=training, tagged=False)
+    # By whatever command: whoever gave the run id again trains now, or will, or did until his flow run crashed.
+    lives = StateType.SCHEDULED, StateType.PENDING, StateType.RUNNING, StateType.CRASHED
+    begun = _find(client, *lives, flows=training, tagged=False)
     resumed = {found.parameters.get("run_id") for found in begun}
     stopped = []
     for found in left:
-        seen.add(found.id)
+        told, seen[found.id] = found.id in seen, True
         try:
             config = config_of(found.parameters, run.RunConfig)  # Prefect keeps what was given, not the defaults
             run_id = name_run(config.model_dump(), found.expected_start_time, found.id)
-            if run_id not in resumed and run.stop(config, run_id):
+            cancelled_at = found.state.timestamp if found.state else now
+            if run_id not in resumed and run.stop(config, run_id, before=cancelled_at):
                 log.info("flow run %s was cancelled and run %s still trained: stopped", found.id, run_id)
                 stopped.append(run_id)
         except Exception as error:  # whatever is wrong with one, the others are looked after
-            log.warning("flow run %s was cancelled, and its training cannot be looked for: %s", found.id, error)
+            seen[found.id] = not (isinstance(error, PipelineError) and error.may_pass)
+            if not told:
+                log.warning("flow run %s was cancelled, and its training cannot be looked for: %s", found.id, error)
     return stopped
 
 
@@ -133,7 +140,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     require_url()
-    seen: set[UUID] = set()
+    seen: dict[UUID, bool] = {}
     with get_client(sync_client=True) as client:
         log.info("looking after flow runs of %s", client.api_url)
         while True:

@@ -17,6 +17,7 @@ from prefect.artifacts import (
     create_progress_artifact,
     update_progress_artifact,
 )
+from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.exceptions import TerminationSignal
 from prefect.runtime import flow_run
@@ -75,7 +76,24 @@ STEP: dict[str, Any] = {
     "persist_result": True,
     "result_serializer": "json",
 }
+# When a flow run is taken up again, Prefect would take the results of before.
+NEVER_CACHED = {**STEP, "cache_policy": NO_CACHE}
 HOUR = 3600
+
+
+def _may_come_back(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:
+    """A flow run that is taken up again may come before the cluster or the store is back, from what ended both. A new
+    one hears at once what is wrong."""
+    return (flow_run.run_count or 1) > 1 and _may_pass(task, task_run, state)
+
+
+AWAITED = {"retries": 5, "retry_delay_seconds": [10, 60, 120, 240, 300], "retry_condition_fn": _may_come_back}
+
+
+@task(**NEVER_CACHED | AWAITED)
+def begin(config: RunConfig, run_id: str) -> RunConfig:
+    """Check and record the run."""
+    return run.begin(config, run_id)
 
 
 @task(**STEP, timeout_seconds=HOUR, cache_key_fn=_outcome("download"))
@@ -84,7 +102,7 @@ def download(config: RunConfig) -> Path | None:
     return run.download(config)
 
 
-@task(**STEP, timeout_seconds=HOUR)  # never cached: it proves every byte of the shards before a run trains on them
+@task(**NEVER_CACHED, timeout_seconds=HOUR)  # it proves every byte of the shards before a run trains on them
 def shard(config: RunConfig, source: Path | None) -> Manifest:
     """Write the Parquet shards, if need be, and verify them."""
     return run.shard(config, source)
@@ -119,7 +137,7 @@ def evaluate(config: RunConfig, manifest: Manifest, exported: Exported) -> Evalu
     return run.evaluate(config, manifest, exported)
 
 
-@task(**STEP, timeout_seconds=HOUR)
+@task(**NEVER_CACHED, timeout_seconds=HOUR)
 def publish(config: RunConfig, manifest: Manifest, training: Training, evaluation: Evaluation) -> Published:
     """Publish model and report, and show both in Prefect."""
     published = run.publish(config, manifest, training, evaluation)
@@ -129,7 +147,7 @@ def publish(config: RunConfig, manifest: Manifest, training: Training, evaluatio
     return published
 
 
-@task(**STEP, timeout_seconds=HOUR)
+@task(**NEVER_CACHED, timeout_seconds=HOUR)
 def promote(config: RunConfig) -> Comparison:
     """Register the model, and make it the champion if it is better."""
     comparison = run.promote(config)
@@ -160,9 +178,8 @@ def train_lenet(**parameters: Any) -> Published:
     """Download a dataset, shard it to Parquet, train LeNet on Ray, evaluate, publish, promote the better."""
     for name in ("pipeline", "flows", "now"):
         logging.getLogger(name).setLevel(logging.INFO)
-    config = run.begin(
-        config_of(parameters, RunConfig), name_run(parameters, flow_run.scheduled_start_time, flow_run.id)
-    )
+    run_id = name_run(parameters, flow_run.scheduled_start_time, flow_run.id)
+    config = begin(config_of(parameters, RunConfig), run_id)
     source = download(config)
     manifest = shard(config, source)
     training = train(config, manifest)

@@ -14,6 +14,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Generic, NoReturn, TypeVar
 
@@ -36,7 +37,8 @@ log = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT_S, READ_TIMEOUT_S = 5, 30
 POLL_S = 0.5
-OUTAGE_S = 60  # how long a head that does not answer is waited for, once it has
+# How long a head that does not answer is waited for, once it has: Kubernetes takes 5 minutes to give up a machine.
+OUTAGE_S, SAY_AFTER_S = 900, 10
 STOP_S = 8  # how long a job may take to end by itself, a training to leave its checkpoint, before it is stopped
 DYING_S = 20  # a job that is stopped so soon after it was found was being stopped already
 LOST_JOBS = 3  # how many jobs of one work may vanish with the head they ran on
@@ -180,13 +182,19 @@ def training(
     )
 
 
-def stop(address: str, work: Work[Any]) -> bool:
-    """Stop the job that is at it, whoever submitted it; whether there was one. Raises ClusterError."""
+def stop(address: str, work: Work[Any], before: datetime) -> bool:
+    """Stop the job that is at it, whoever submitted it, if that was before then; whether there was one. Raises
+    ClusterError."""
     client = connect(address)
-    job = _find(client, work)
+    jobs = _jobs(client, work)
+    job = _running({number: found for number, found in jobs.items() if _begun(found) < before})
     if job is not None:
         _stop(client, work, job)
     return job is not None
+
+
+def _begun(found: JobDetails) -> datetime:
+    return datetime.fromtimestamp((found.start_time or 0) / 1000, UTC)
 
 
 def _find(client: Client, work: Work[Any]) -> str | None:
@@ -230,7 +238,7 @@ def _wait(client: Client, work: Work[Any], job: str) -> JobStatus | None:
     """How the job ended, or has as good as ended; None if the head, started again, knows nothing of it. Its output goes
     to the log."""
     answered = time.monotonic()
-    shown = 0
+    shown, said = 0, False
     while True:
         try:
             status = client.get_job_status(job)
@@ -238,12 +246,16 @@ def _wait(client: Client, work: Work[Any], job: str) -> JobStatus | None:
         except Vanished:
             return None
         except ClusterError as error:
-            if time.monotonic() - answered > OUTAGE_S:
+            silent = time.monotonic() - answered
+            if silent > OUTAGE_S:
                 raise ClusterError(
                     f"the cluster has not answered for {OUTAGE_S} s ({error}); the same again goes on once it is back"
                 ) from None
+            if silent > SAY_AFTER_S and not said:
+                log.warning("%s; waiting up to %d minutes", error, OUTAGE_S // 60)
+                said = True
         else:
-            answered = time.monotonic()
+            answered, said = time.monotonic(), False
             for line in lines[shown:]:
                 if not line.startswith("{") and "Running entrypoint" not in line:  # Ray repeats the whole request
                     log.info("job: %s", line)
@@ -296,8 +308,10 @@ def _error(client: Client, job: str, status: JobStatus) -> BaseException:
             said = json.loads(lines[-1])
             if said["error"] == Terminated.__name__:
                 return Terminated()
-            kind: type[BaseException] = getattr(errors, said["error"], TrainingError)
-            return kind(*said["args"])
+            raised: type[BaseException] = getattr(errors, said["error"], TrainingError)
+            return raised(*said["args"])
         message = client.get_job_info(job).message or (lines[-1] if lines else "no output")
-        return TrainingError(f"job {job} has {str(status).lower()}: {' '.join(message.split())[:400]}")
+        # Killed, perhaps, on a head without memory: then another job goes on. One that somebody stopped does not.
+        kind = ClusterError if status == JobStatus.FAILED else TrainingError
+        return kind(f"job {job} has {str(status).lower()}: {' '.join(message.split())[:400]}")
     return ClusterError(f"job {job} has {str(status).lower()}, and the head does not say why")

@@ -94,19 +94,19 @@ class Hold:
         self.lost = False
         self._wake = threading.Event()
         self._ended = threading.Event()
-        self._stop = False
+        self.ended_here = False  # this process is to end, whatever the workers have heard of it
         self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
         self._thread.start()
 
     def ask_stop(self) -> None:
         """Let the workers end with a checkpoint. Safe to call from a signal handler."""
-        self._stop = True
+        self.ended_here = True
         self._wake.set()
 
     @property
     def stop_asked(self) -> bool:
         """Whether the workers were asked to end, by this process or another."""
-        return self._stop or self.lease.stop
+        return self.ended_here or self.lease.stop
 
     def superseded(self) -> bool:
         """Whether another process has the lease, as the store says now, before this one's next beat may say so."""

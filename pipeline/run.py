@@ -8,6 +8,7 @@ import importlib.metadata
 import logging
 import platform
 import subprocess
+from datetime import datetime
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -209,13 +210,13 @@ def train(
     return pipeline.train.fit(store, run_id, manifest, config, config, config, on_epoch, heard)
 
 
-def stop(config: RunConfig, run_id: str) -> bool:
-    """End a training that was submitted as a job, with a checkpoint if it leaves one in time; whether there was any."""
+def stop(config: RunConfig, run_id: str, before: datetime) -> bool:
+    """End a training that was submitted as a job before then, with a checkpoint if it leaves one in time; whether there
+    was any."""
     if not config.by_job:
         return False
-    return pipeline.jobs.stop(
-        str(config.ray_address), pipeline.jobs.training(open_store(config.storage), run_id, {}, "")
-    )
+    work = pipeline.jobs.training(open_store(config.storage), run_id, {}, "")
+    return pipeline.jobs.stop(str(config.ray_address), work, before)
 
 
 def export(config: RunConfig, manifest: Manifest, training: Training) -> Exported:

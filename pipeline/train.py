@@ -153,6 +153,8 @@ def _train(
         finished=datetime.now(UTC),
     )
     keep_document(store, f"{staging(run_id)}/training.json", training)
+    if hold.ended_here:  # too late for the workers; what comes after the training is not to begin
+        raise Terminated
 
 
 def _take_up(store: Store, folder: str) -> str | None:

@@ -14,12 +14,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 from ray.train import Result
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.torch.config import _TorchBackend
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.callbacks.preemption_callback import PreemptionCallback
+from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.controller.state import (
     InitializingState,
@@ -72,7 +74,7 @@ def mistake_of(failure: Exception) -> PipelineError | None:
 def cause_of(error: BaseException) -> str:
     """Why a worker has failed: what Ray says of its machine's memory, or else the last line, an exception's message. Of
     several workers, each by its rank."""
-    if isinstance(error, WorkerGroupError):
+    if isinstance(error, WorkerGroupError) and error.worker_failures:
         return "; ".join(f"rank {rank}: {cause_of(cause)}" for rank, cause in sorted(error.worker_failures.items()))
     if memory := OUT_OF_MEMORY.search(text := str(error)):
         host, used, limit = memory.groups()
@@ -162,6 +164,19 @@ class _Lookout(PreemptionCallback):
 
 
 class _Workers(WorkerGroup):
+    def _start(self) -> None:
+        # Of workers that die while they meet, Ray Train would keep the places, for which their successors would wait
+        # for ever. And it would start them again without end, or, by when they die, not once: we count them as others.
+        try:
+            super()._start()  # type: ignore[no-untyped-call]
+        except BaseException as error:
+            if self._worker_group_state is not None:
+                self._worker_group_state.shutdown()  # type: ignore[no-untyped-call]
+                self._clear_state()  # type: ignore[no-untyped-call]
+            if isinstance(error, (RayError, WorkerGroupStartupFailedError)):
+                raise WorkerGroupError(cause_of(error.__cause__ or error), {}) from error
+            raise
+
     def _init_train_context_on_workers(self, workers: Any, sync_actor: Any, train_context_args: Any) -> None:
         # As Ray Train's own, but that the workers import in our way before, and have no handle of the control loop, of
         # which they would ask for the checkpoints of before: it is no actor.
@@ -192,12 +207,13 @@ class _Controller(TrainController):
 
 
 class Failures(DefaultFailurePolicy):
-    """As Ray Train's own, but that it says why all start again, does not have them meet a user's mistake again, and
-    counts failures since the last checkpoint: in weeks, more machines are lost than in any one epoch."""
+    """As Ray Train's own, but that it says why all start again or wait, does not have them meet a user's mistake again,
+    and counts failures since the last checkpoint: in weeks, more machines are lost than in any one epoch."""
 
     def __init__(self, failure_config: FailureConfig, kept: Callable[[], int]) -> None:
         super().__init__(failure_config)
         self.kept, self.kept_before = kept, 0
+        self.said = ""
 
     def _is_retryable_error(self, training_failed_error: TrainingFailedError) -> bool:
         return mistake_of(training_failed_error) is None and super()._is_retryable_error(training_failed_error)
@@ -207,8 +223,20 @@ class Failures(DefaultFailurePolicy):
             self.kept_before, self._worker_group_failures = kept, 0
         decision = super().make_decision(training_failed_error)
         if decision is FailureDecision.RETRY:
-            log.warning("%s. All ranks start again, from the last checkpoint", cause_of(training_failed_error))
+            cause = getattr(training_failed_error, "controller_failure", None)
+            if isinstance(cause, WorkerGroupStartupTimeoutError):
+                self._say_what_is_free(cause.num_workers)
+            else:
+                log.warning("%s. All ranks start again, from the last checkpoint", cause_of(training_failed_error))
         return decision
+
+    def _say_what_is_free(self, workers: int) -> None:
+        free, there = ray.available_resources(), ray.cluster_resources()  # type: ignore[no-untyped-call]
+        parts = [f"{free.get(name, 0):g} of {there[name]:g} {name}s" for name in ("CPU", "GPU") if name in there]
+        said = f"waiting for room for {workers} workers: of Ray's, {' and '.join(parts) or 'no CPUs'} are free"
+        if said != self.said:
+            log.warning(said)
+        self.said = said
 
 
 class Elastic(ElasticScalingPolicy):

@@ -1,5 +1,6 @@
 """Proves pipeline/jobs.py on the stack's own Ray: what cannot work is one line, within 30 s, and a run has one job."""
 
+import contextlib
 import json
 import logging
 import os
@@ -8,9 +9,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import psutil
 import pytest
 import ray
 from ray.job_submission import JobStatus
@@ -90,7 +93,7 @@ def test_a_head_that_came_back_with_another_token_is_one_line(monkeypatch: pytes
         with pytest.raises(ClusterError, match="^the cluster has not answered for 0.2 s [^\n]+ is back$"):
             jobs._wait(jobs.connect(address), work, "lenet-r-1")
         with pytest.raises(ClusterError, match=f"^{address} does not answer: [^\n]+$"):
-            jobs.stop(address, work)
+            jobs.stop(address, work, datetime.now(UTC))
         server.shutdown()
 
 
@@ -101,7 +104,8 @@ def test_a_job_is_stopped_where_the_store_cannot_ask_it_to_end(address: str) -> 
     work: jobs.Work[None] = jobs.Work("lenet-away", {}, {}, find=lambda: None, ask_stop=unreachable)
     client = jobs.connect(address)
     job = client.submit_job(entrypoint="sleep 600", submission_id=f"{work.name}-1")
-    assert jobs.stop(address, work)
+    assert not jobs.stop(address, work, datetime.now(UTC) - timedelta(minutes=1))  # it is younger
+    assert jobs.stop(address, work, datetime.now(UTC))
     wait_for(lambda: client.get_job_status(job) == JobStatus.STOPPED)
     jobs._stop(client, work, "lenet-vanished-1")  # as if the head had forgotten it meanwhile
 
@@ -126,6 +130,36 @@ def test_what_the_job_finds_wrong_is_raised_here(
     manifest = small_manifest(bucket)
     with pytest.raises(ConfigError, match="^workers='?50'?: Ray has room for 3 on 3 CPUs"):
         jobs.run_job(address, training(bucket, manifest, "crowded", workers=50))
+
+
+def test_a_job_whose_process_is_killed_may_be_tried_again(
+    bucket: Store, address: str, small_manifest: Callable[[Store], Manifest]
+) -> None:
+    work = training(bucket, small_manifest(bucket), "killed", workers=1, epochs=1000)
+    raised: list[ClusterError] = []
+
+    def train() -> None:
+        try:
+            jobs.run_job(address, work)
+        except ClusterError as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=train)
+    thread.start()
+    wait_for(lambda: bucket.exists(f"{staging('killed')}/progress/00001.json"))
+    [process] = [each for each in psutil.process_iter() if _is_job(each, "killed")]
+    process.kill()
+    thread.join(60)
+    [error] = raised
+    assert error.may_pass
+    assert f"job {work.name}-1 has failed: " in str(error)
+    assert "exit code -9" in str(error)
+
+
+def _is_job(process: psutil.Process, run_id: str) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return process.cmdline()[1:3] == ["-m", "pipeline.job"] and f'"run_id": "{run_id}"' in process.cmdline()[3]
+    return False
 
 
 def test_a_job_finds_its_own_cluster_of_several_on_the_machine(stack: Running, address: str) -> None:
