@@ -1,1 +1,1 @@
-"""Orchestration: the Prefect flow and the command line. Each task is one call into `pipeline`."""
+"""Orchestration: the Prefect flows and the command line. Each task is one call into `pipeline`."""

@@ -1,4 +1,4 @@
-"""`python -m flows.engine`: what a worker of the pool in infra/work-pool.json starts for a flow run.
+"""`python -m flows.engine`: what a worker of the pool that infra/deploy.py makes starts for a flow run.
 
 It is Prefect's own engine. A worker left to itself imports Prefect once more before it, and the engine looks for
 garbage among imports: 1.7 s.

@@ -12,8 +12,8 @@ import subprocess
 import sys
 import time
 import xmlrpc.client
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from pipeline.storage import open_store
 PATIENCE_S = 120.0
 FOLDER: Path = Stack.model_fields["folder"].default
 SETTINGS = "stack.json"
+GONE = (psutil.Error, OSError, xmlrpc.client.Error)  # what is gone already needs no stopping
 PATH_LENGTH = 80  # 107 of a socket's, less its name and supervisor's own ending
 
 
@@ -101,14 +102,14 @@ def down(stack: Stack) -> None:
     supervisor = _supervisor(stack)
     if supervisor is not None:
         for part in reversed(PARTS):
-            with _ignored():
+            with suppress(*GONE):
                 supervisor.supervisor.stopProcess(part)
-        with _ignored():
+        with suppress(*GONE):
             supervisor.supervisor.shutdown()
     left = _processes(stack)
     psutil.wait_procs(left, timeout=10)
     for process in _processes(stack):
-        with _ignored():
+        with suppress(*GONE):
             process.kill()
     psutil.wait_procs(left, timeout=10)
     print("down")
@@ -237,17 +238,10 @@ def _processes(stack: Stack) -> list[psutil.Process]:
     """Every process of the stack, by the mark in its environment."""
     found = []
     for process in psutil.process_iter():
-        with _ignored():
+        with suppress(*GONE):
             if process.environ().get(MARK) == str(stack.folder.absolute()) and process.status() != "zombie":
                 found.append(process)
     return found
-
-
-@contextmanager
-def _ignored() -> Iterator[None]:
-    """What is gone already needs no stopping."""
-    with suppress(psutil.Error, OSError, xmlrpc.client.Error):
-        yield
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -5,7 +5,6 @@ latter each run starts Ray for itself. A second time leaves alone what was set i
 parameters that prefect.yaml does not have, whether the pool is paused and the automation enabled.
 """
 
-import json
 import os
 import subprocess
 import sys
@@ -21,13 +20,13 @@ from prefect.client.schemas.responses import DeploymentResponse
 from prefect.events.schemas.automations import AutomationCore
 from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 from prefect.settings import get_current_settings
+from prefect.workers.process import ProcessWorker
 
 from flows.server import require_url
 from infra.stack import BIN, ROOT
 from pipeline.errors import ClusterError, ConfigError, PipelineError, first_line
 
-# Prefect's own template of a pool, but for the command: flows/engine.py says why.
-POOL, TEMPLATE = "lenet", ROOT / "infra" / "work-pool.json"
+POOL, COMMAND = "lenet", "python -m flows.engine"
 AUTOMATIONS = ROOT / "infra" / "automations.yaml"
 STORAGE, RAY_ADDRESS = "LENET_STORAGE", "LENET_RAY_ADDRESS"
 # Parameters of each deployment, and the variables that they come from.
@@ -79,7 +78,9 @@ def merged(
 
 
 def _make_pool(client: SyncPrefectClient) -> None:
-    template = json.loads(TEMPLATE.read_text())
+    """Prefect's own template of a pool, but for the command: flows/engine.py says why."""
+    template = ProcessWorker.get_default_base_job_template()
+    template["variables"]["properties"]["command"]["default"] = COMMAND
     try:
         client.create_work_pool(WorkPoolCreate(name=POOL, type="process", base_job_template=template))
     except ObjectAlreadyExists:

@@ -182,10 +182,7 @@ def configuration(stack: Stack) -> str:
         }
     # Told to stop, a node waits for who is at work on it; the head, the last of them, would wait in vain and be killed.
     sections[f"program:{NODES[0]}"]["environment"] = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0"
-    for section, values in sections.items():
-        config.add_section(section)
-        for key, value in values.items():
-            config.set(section, key, value)
+    config.read_dict(sections)
     path = folder / "supervisord.conf"
     with path.open("w") as file:
         config.write(file)

@@ -155,10 +155,8 @@ INLINE void back(const Vec *d, const float *weight, Vec *x) {
         for (int i = top; i <= low; i++) for (int j = left; j <= right; j++) {
             const Vec *from = d + (row - i) * PADDED + col - j;
             const float *by = weight + (i * FILTER + j) * CHANNELS2 * CHANNELS1;
-            EACH(out, CHANNELS2) {
-                UNROLLED EACH(t, CHANNELS1) UNROLLED EACH(p, 2) sum[t][p] += by[t] * from[p];
-                from += SIDE3 * PADDED, by += CHANNELS1;
-            }
+            EACH(out, CHANNELS2) UNROLLED EACH(t, CHANNELS1) UNROLLED EACH(p, 2)
+                sum[t][p] += by[out * CHANNELS1 + t] * from[out * SIDE3 * PADDED + p];
         }
         UNROLLED EACH(t, CHANNELS1) UNROLLED EACH(p, 2) x[(t * SIDE2 + row) * SIDE2 + col + p] = sum[t][p];
     }

@@ -86,7 +86,7 @@ def encode_onnx(model: LeNet, side: int) -> bytes:
     """A model as ONNX for images of side x side, any number at a time; it has passed onnx.checker."""
     import onnx  # with onnxscript 1 s to import, and only an export needs it
 
-    with warnings.catch_warnings(), _quiet("torch.onnx", "onnxscript"), _torch_export:
+    with _torch_export, warnings.catch_warnings(), _quiet("torch.onnx", "onnxscript"):
         warnings.simplefilter("ignore")  # of torch's own exporter, about itself
         program = torch.onnx.export(
             model.eval(),
@@ -106,7 +106,7 @@ def encode_onnx(model: LeNet, side: int) -> bytes:
 def encode_pt2(model: LeNet, side: int) -> bytes:
     """A model as torch.export's archive for images of side x side, any number at a time."""
     data = io.BytesIO()
-    with warnings.catch_warnings(), _torch_export:
+    with _torch_export, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         shapes = ({0: torch.export.Dim("batch")},)
         program = torch.export.export(model.eval(), (torch.zeros(2, 1, side, side),), dynamic_shapes=shapes)
@@ -159,7 +159,7 @@ def _open_onnx(data: bytes) -> Predictor:
 
 def _open_pt2(data: bytes) -> Predictor:
     data = _as_we_write_it(data)
-    with warnings.catch_warnings(), _quiet("torch.export"), _torch_export:
+    with _torch_export, warnings.catch_warnings(), _quiet("torch.export"):
         warnings.simplefilter("ignore")
         return predictor(torch.export.load(io.BytesIO(data)).module())
 

@@ -10,11 +10,12 @@ import re
 from datetime import UTC, datetime
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from pipeline import jobs, scorer
 from pipeline.cluster import MAX_WORKERS, ClusterConfig
-from pipeline.errors import ConfigError, DataError, first_line
+from pipeline.documents import find_document
+from pipeline.errors import ConfigError, DataError
 from pipeline.feed import Feed, find_feed, source_digest
 from pipeline.predict import Invert
 from pipeline.registry import Served, open_model
@@ -144,14 +145,7 @@ def predict_batch(config: PredictConfig) -> BatchReport:
 
 def read_manifest(output: Store) -> BatchManifest | None:
     """The manifest of predictions in a folder; None before there is one. Raises DataError for one that is damaged."""
-    if not output.exists(MANIFEST):
-        return None
-    try:
-        return BatchManifest.model_validate_json(output.read(MANIFEST))
-    except ValidationError as error:
-        raise DataError(
-            f"{output.locate(MANIFEST)}: not a manifest of predictions ({first_line(error)}); name another folder"
-        ) from None
+    return find_document(output, MANIFEST, BatchManifest)
 
 
 def render_batch(report: BatchReport) -> str:

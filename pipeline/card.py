@@ -6,6 +6,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from pipeline.evaluate import Evaluation
 from pipeline.report import Report
 
 LOADING = """\
@@ -27,24 +28,6 @@ def render_card(report: Report) -> str:
     """The card: figures, data, recipe and lineage of a report. The same report gives the same card."""
     evaluation = report.evaluation
     side = report.layers[0].output_shape[-1]
-    result = EvalResult(
-        task_type="image-classification",
-        dataset_type=report.dataset.name,
-        dataset_name=report.dataset.name,
-        dataset_revision=report.dataset.digest,
-        dataset_split="test",
-        metric_type="accuracy",
-        metric_value=evaluation.accuracy,
-    )
-    data = ModelCardData(
-        model_name=report.run_id,
-        eval_results=[result],
-        library_name="pytorch",
-        pipeline_tag="image-classification",
-        tags=["lenet", "image-classification"],
-        datasets=[report.dataset.name],
-        metrics=["accuracy"],
-    )
     worst = sorted(evaluation.robustness, key=lambda found: found.accuracy)[:3]
     names = [metrics.name for metrics in evaluation.classes]
     seen = ", light objects on black" if report.dataset.homepage else ""  # of one's own data, nobody knows
@@ -80,20 +63,7 @@ def render_card(report: Report) -> str:
                 "expected calibration error": f"{evaluation.ece:.4f}",
             }
         ),
-        _rows(
-            ("class", "precision", "recall", "F1", "95% interval of F1", "images"),
-            (
-                (
-                    m.name,
-                    f"{m.precision:.3f}",
-                    f"{m.recall:.3f}",
-                    f"{m.f1:.3f}",
-                    f"{m.f1_interval.low:.3f} to {m.f1_interval.high:.3f}",
-                    f"{m.support:,}",
-                )
-                for m in evaluation.classes
-            ),
-        ),
+        _classes(evaluation),
         "## Limits",
         "It knows the classes above and nothing else: it gives one of them to any picture. Of what was tried, it "
         "does worst with:",
@@ -109,8 +79,46 @@ def render_card(report: Report) -> str:
         "## Lineage",
         _table(report.lineage | {f"version of {name}": value for name, value in report.versions.items()}),
     ]
-    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n")
+    card = ModelCard(f"---\n{_data(report).to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n")
     return str(card)
+
+
+def _data(report: Report) -> ModelCardData:
+    """What the hub reads of a card, above its text."""
+    result = EvalResult(
+        task_type="image-classification",
+        dataset_type=report.dataset.name,
+        dataset_name=report.dataset.name,
+        dataset_revision=report.dataset.digest,
+        dataset_split="test",
+        metric_type="accuracy",
+        metric_value=report.evaluation.accuracy,
+    )
+    return ModelCardData(
+        model_name=report.run_id,
+        eval_results=[result],
+        library_name="pytorch",
+        pipeline_tag="image-classification",
+        tags=["lenet", "image-classification"],
+        datasets=[report.dataset.name],
+        metrics=["accuracy"],
+    )
+
+
+def _classes(evaluation: Evaluation) -> str:
+    head = ("class", "precision", "recall", "F1", "95% interval of F1", "images")
+    rows = (
+        (
+            m.name,
+            f"{m.precision:.3f}",
+            f"{m.recall:.3f}",
+            f"{m.f1:.3f}",
+            f"{m.f1_interval.low:.3f} to {m.f1_interval.high:.3f}",
+            f"{m.support:,}",
+        )
+        for m in evaluation.classes
+    )
+    return _rows(head, rows)
 
 
 def _table(facts: Mapping[str, Any]) -> str:

@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from pipeline.errors import ConfigError, DataError, StorageError
+from pipeline.errors import ConfigError, DataError
 from pipeline.idx import IdxWriter, open_idx, read_pair
 from pipeline.order import Rows, hold_out, permutation
 from pipeline.own import (
@@ -234,11 +234,7 @@ def _download(url: str, temporary: Path) -> list[SourceFile]:
     files = []
     for number, key in enumerate(keys):
         path = temporary / f"{number}.parquet"
-        try:
-            store.fs.get_file(store.path(key), str(path))
-        except Exception as error:  # botocore's errors are known to pipeline.storage alone
-            reason = str(error).strip().partition("\n")[0] or type(error).__name__
-            raise StorageError(f"{store.locate(key)}: could not be read ({reason}); check the server") from error
+        store.fetch(key, path)
         files.append(SourceFile(key, path))
     return files
 

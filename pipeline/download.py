@@ -26,8 +26,7 @@ from pipeline.catalog import CATALOG, Dataset
 from pipeline.convert import bring_own, recognisable
 from pipeline.errors import ConfigError, DataError, first_line
 from pipeline.published import check_published, convert, describe, unpack
-from pipeline.source import FACTS, leave, open_source
-from pipeline.source import SourceConfig as SourceConfig
+from pipeline.source import FACTS, SourceConfig, leave, open_source
 from pipeline.storage import open_store, split_url
 
 log = logging.getLogger(__name__)
@@ -45,11 +44,6 @@ Bring = Callable[[Path], None]
 def cache_folder() -> Path:
     """Where datasets are kept between runs: the user's cache folder (XDG_CACHE_HOME moves it)."""
     return platformdirs.user_cache_path("lenet-pipeline")
-
-
-def identity(config: SourceConfig) -> dict[str, str] | None:
-    """What a published dataset is made of, known before it is fetched; None for data of the user's own."""
-    return CATALOG[config.dataset].made_of if config.dataset in CATALOG else None
 
 
 def check_source(config: SourceConfig) -> None:

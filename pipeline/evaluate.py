@@ -59,14 +59,12 @@ class Exported(BaseModel):
     forms: dict[str, Artifact]
 
 
-class FormCheck(BaseModel):
+class FormCheck(Artifact):
     """One form as it was opened from the store: how far its logits are `apart` from those of model.safetensors at
     most, of any test image, and how many test images it recognises."""
 
     model_config = ConfigDict(frozen=True)
 
-    bytes: int
-    sha256: str
     largest_difference: float
     correct: int
 
@@ -154,12 +152,7 @@ def evaluate(
     verdict = total.tally.verdict(manifest.classes)
     require_agreement(total.differences)
     checks = {
-        name: FormCheck(
-            bytes=form.bytes,
-            sha256=form.sha256,
-            largest_difference=total.differences[name],
-            correct=total.correct[name],
-        )
+        name: FormCheck(**form.model_dump(), largest_difference=total.differences[name], correct=total.correct[name])
         for name, form in exported.forms.items()
     }
     images, labels = read_rows(store, manifest, "test", 0, min(PROBED, manifest.rows("test")))

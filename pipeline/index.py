@@ -27,7 +27,6 @@ from pipeline.storage import Store
 log = logging.getLogger(__name__)
 
 INDEX = "index.html"
-ATTEMPTS = 50
 READERS = 16  # objects read at a time
 NO_NAME = "not recorded"
 
@@ -92,15 +91,13 @@ def write_index(store: Store) -> None:
     The page is replaced only if it is still the one that was there before the store was listed. Of several writers, the
     last one has therefore listed after every other has written, and what any of them had published is in its page.
     """
-    for _ in range(ATTEMPTS):
-        current = store.read(INDEX) if store.exists(INDEX) else None
+    for current in store.attempts(INDEX):
         entries = read_entries(store)
         page = render_index(entries).encode()
         if page == current or store.replace(INDEX, page, expected=current):
             runs = {entry.run_id for entry in _all(entries)}
             log.info("%d %s listed in %s", len(runs), "run" if len(runs) == 1 else "runs", store.locate(INDEX))
             return
-    raise StorageError(f"{store.locate(INDEX)}: changed under every one of {ATTEMPTS} attempts; run again")
 
 
 def read_entries(store: Store) -> Entries:

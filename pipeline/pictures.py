@@ -4,9 +4,10 @@ import contextlib
 import io
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL
@@ -62,18 +63,20 @@ def open_picture(encoded: Path | bytes, lift: bool = False) -> Image.Image:
         raise DataError(first_line(error)) from None
 
 
-def decode_batch(pool: Executor, encoded: Sequence[Path | bytes], size: int) -> Batch:
+def decode_batch(
+    pool: Executor, encoded: Sequence[Any], size: int, decode: Callable[[Any, int], Pixels] = decode_picture
+) -> Batch:
     """The pictures, decoded side by side; those that cannot be are black, and named in `bad` with the reason."""
     bad: dict[int, str] = {}
     images = np.zeros((len(encoded), size, size), np.uint8)
 
-    def decode(index: int) -> None:
+    def fill(index: int) -> None:
         try:
-            images[index] = decode_picture(encoded[index], size)
+            images[index] = decode(encoded[index], size)
         except DataError as error:
             bad[index] = str(error)
 
-    list(pool.map(decode, range(len(encoded))))
+    list(pool.map(fill, range(len(encoded))))
     return Batch(images, dict(sorted(bad.items())))
 
 

@@ -5,7 +5,7 @@ A model knows light objects on black, upright, small and square. A photo may be 
 
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
@@ -17,8 +17,8 @@ from pydantic import BaseModel, ConfigDict
 
 from pipeline.errors import DataError
 from pipeline.idx import Pixels
-from pipeline.own import BATCH, shown
-from pipeline.pictures import MAX_PIXELS, MIDDLE, open_picture
+from pipeline.own import BATCH, Batch, shown
+from pipeline.pictures import MAX_PIXELS, MIDDLE, decode_batch, open_picture
 
 if TYPE_CHECKING:
     from pipeline.registry import Served
@@ -40,13 +40,11 @@ class Prepared(NamedTuple):
 
 
 class Prediction(BaseModel):
-    """What a model says of one picture: the likeliest class, and the probabilities in the order of its classes."""
+    """What a model says of one picture: the probabilities in the order of its classes."""
 
     model_config = ConfigDict(frozen=True)
 
     path: str
-    name: str
-    probability: float
     probabilities: tuple[float, ...]
     inverted: bool
     resized_from: tuple[int, int] | None
@@ -54,11 +52,7 @@ class Prediction(BaseModel):
 
 def predict_pictures(served: "Served", paths: Sequence[Path], invert: Invert = "auto") -> list[Prediction]:
     """What the model says of pictures, PNG or JPEG of any size. Raises DataError naming the first that is none."""
-    return list(_predicted(served, paths, invert))
-
-
-def _predicted(served: "Served", paths: Sequence[Path], invert: Invert) -> Iterator[Prediction]:
-    size = served.image_shape[0]
+    size, found = served.image_shape[0], []
 
     def prepare(path: Path) -> Prepared:
         try:
@@ -72,15 +66,15 @@ def _predicted(served: "Served", paths: Sequence[Path], invert: Invert) -> Itera
             prepared = list(pool.map(prepare, batch))
             logits = served.predict(np.stack([picture.image for picture in prepared]))
             for path, picture, row in zip(batch, prepared, probabilities(logits), strict=True):
-                best = int(row.argmax())
-                yield Prediction(
-                    path=str(path),
-                    name=served.classes[best],
-                    probability=row[best],
-                    probabilities=tuple(row.tolist()),
-                    inverted=picture.inverted,
-                    resized_from=picture.resized_from,
+                found.append(
+                    Prediction(
+                        path=str(path),
+                        probabilities=tuple(row.tolist()),
+                        inverted=picture.inverted,
+                        resized_from=picture.resized_from,
+                    )
                 )
+    return found
 
 
 def probabilities(logits: npt.NDArray[np.float32]) -> Probabilities:
@@ -118,20 +112,10 @@ def prepare_picture(encoded: Path | bytes, size: int, invert: Invert = "auto") -
 
 def prepare_batch(
     pool: Executor, names: Sequence[Name], read: Callable[[Name], bytes], size: int, invert: Invert
-) -> tuple[Pixels, dict[int, str]]:
+) -> Batch:
     """Pictures uint8 (n, size, size), read and prepared side by side; those that are none are black, and named by index
     with the reason. As many as there are threads are in memory as they were read."""
-    images = np.zeros((len(names), size, size), np.uint8)
-    bad: dict[int, str] = {}
-
-    def prepare(index: int) -> None:
-        try:
-            images[index] = prepare_picture(read(names[index]), size, invert).image
-        except DataError as error:
-            bad[index] = str(error)
-
-    list(pool.map(prepare, range(len(names))))
-    return images, dict(sorted(bad.items()))
+    return decode_batch(pool, names, size, lambda name, size: prepare_picture(read(name), size, invert).image)
 
 
 def _inverted(pixels: Pixels) -> Pixels:

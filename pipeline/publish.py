@@ -18,13 +18,14 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from lenet.model import layer_table
 from pipeline.artifacts import FORMS, SAFETENSORS, Artifact, artifact_of, read_checked
 from pipeline.card import render_card
 from pipeline.documents import find_document, parse_document
-from pipeline.errors import ConfigError, DataError, StorageError
+from pipeline.errors import ConfigError, DataError
 from pipeline.evaluate import Evaluation, exported_key, load_model
 from pipeline.promotion import Comparison
-from pipeline.report import Report, facts_of, layers_of, render_events, render_html
+from pipeline.report import Report, facts_of, render_events, render_html
 from pipeline.shards import Manifest, pick_images
 from pipeline.storage import Store, sha256
 from pipeline.train import Training, staging
@@ -35,7 +36,6 @@ FORMAT_VERSION = 2
 EVENTS = "events.out.tfevents.lenet"  # TensorBoard looks for tfevents
 CARD = "README.md"  # where model hubs look for it
 LATEST = "runs/latest.json"
-LATEST_ATTEMPTS = 50
 DRAWN_WITH = ("jinja2", "matplotlib", "numpy", "pillow", "huggingface_hub")
 
 
@@ -277,7 +277,7 @@ def _report(
         finished=training.finished,
         parameters=dict(parameters),
         dataset=facts_of(manifest),
-        layers=layers_of(model, manifest.image_shape[0]),
+        layers=layer_table(model, manifest.image_shape[0]),
         history=training.history,
         world_size=training.world_size,
         device=training.device,
@@ -309,10 +309,8 @@ def _point_latest(store: Store, run_id: str) -> None:
         manifest=key,
         manifest_sha256=sha256(data),
     )
-    for _ in range(LATEST_ATTEMPTS):
-        current = store.read(LATEST) if store.exists(LATEST) else None
+    for current in store.attempts(LATEST):
         if current is not None and parse_document(store, LATEST, Latest, current).finished > run.finished:
             return
         if store.replace(LATEST, pointer.model_dump_json(indent=2).encode(), expected=current):
             return
-    raise StorageError(f"{store.locate(LATEST)}: changed under every one of {LATEST_ATTEMPTS} attempts; run again")

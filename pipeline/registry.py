@@ -22,7 +22,7 @@ from lenet.model import LeNet
 from pipeline.artifacts import SAFETENSORS, predictor, read_checked
 from pipeline.checkpoint import decode_model
 from pipeline.documents import find_document, keep_document, parse_document, read_document
-from pipeline.errors import ConfigError, DataError, StorageError
+from pipeline.errors import ConfigError, DataError
 from pipeline.evaluate import Evaluation
 from pipeline.idx import Pixels
 from pipeline.metrics import Logits
@@ -33,7 +33,6 @@ from pipeline.storage import Store, open_store, sha256
 
 log = logging.getLogger(__name__)
 
-ATTEMPTS = 50
 DEFAULT_MODEL: str = PromoteConfig.model_fields["model"].default
 
 
@@ -353,8 +352,7 @@ def _change(version: Version, by: Literal["rule", "hand", "rollback"], compariso
 def _move(store: Store, model: str, decide: Callable[[Champion | None], Change | None]) -> None:
     """Ask `decide` about the champion that is, and make the change; again if another was quicker."""
     key = champion_key(model)
-    for _ in range(ATTEMPTS):
-        current = store.read(key) if store.exists(key) else None
+    for current in store.attempts(key):
         champion = None if current is None else parse_document(store, key, Champion, current)
         change = decide(champion)
         if change is None:
@@ -363,4 +361,3 @@ def _move(store: Store, model: str, decide: Callable[[Champion | None], Change |
         moved = Champion(model=model, version=change.version, run_id=change.run_id, changes=changes)
         if store.replace(key, moved.model_dump_json(indent=2).encode(), expected=current):
             return
-    raise StorageError(f"{store.locate(key)}: changed under every one of {ATTEMPTS} attempts; run again")

@@ -1,25 +1,23 @@
 """The report of a run: as data (report.json), and as one page that needs nothing but itself (report.html)."""
 
 import base64
-import io
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
-from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 from tensorboardX import SummaryWriter
 
-from lenet.model import LeNet, layer_table
+from lenet.model import LayerRow
 from pipeline.checkpoint import History
 from pipeline.drawings import BLUE, GREEN, GREY, ORANGE, draw_curves, draw_reliability
 from pipeline.evaluate import Evaluation
 from pipeline.idx import Pixels
 from pipeline.metrics import Mistake
-from pipeline.pages import render_page
+from pipeline.pages import png_uri, render_page
 from pipeline.promotion import Comparison
 from pipeline.shards import Manifest
 from pipeline.train import Training
@@ -41,17 +39,6 @@ class DatasetFacts(BaseModel):
     homepage: str
 
 
-class LayerFacts(BaseModel):
-    """One line of the model's layer table."""
-
-    model_config = ConfigDict(frozen=True)
-
-    name: str
-    kind: str
-    output_shape: tuple[int, ...]
-    parameters: int
-
-
 class Report(BaseModel):
     """What a run did and what came of it. A function of the run's receipts alone, so every retry writes the same."""
 
@@ -62,7 +49,7 @@ class Report(BaseModel):
     finished: datetime
     parameters: dict[str, Any]
     dataset: DatasetFacts
-    layers: list[LayerFacts]
+    layers: list[LayerRow]
     history: History = Field(min_length=1)
     world_size: int
     device: str
@@ -92,18 +79,13 @@ def facts_of(manifest: Manifest) -> DatasetFacts:
     )
 
 
-def layers_of(model: LeNet, side: int) -> list[LayerFacts]:
-    """What a report says of a model for images of side x side."""
-    return [LayerFacts(**asdict(row)) for row in layer_table(model, side)]
-
-
 def render_html(report: Report, mistakes: list[Pixels]) -> str:
     """One self-contained page; `mistakes` are the images uint8 (height, width) of evaluation.mistakes, in order.
 
     The same report gives the same bytes. Everything in it is escaped: class names and run ids are anybody's text.
     """
     evaluation = report.evaluation
-    pictures = [Picture(m, _png(pixels)) for m, pixels in zip(evaluation.mistakes, mistakes, strict=True)]
+    pictures = [Picture(m, png_uri(pixels)) for m, pixels in zip(evaluation.mistakes, mistakes, strict=True)]
     return render_page(
         "report.html.j2",
         report=report,
@@ -166,10 +148,3 @@ def _draw_accuracies(history: History) -> str:
         f"{history[-1].held_out} accuracy": ("held_out_accuracy", GREEN),
     }
     return draw_curves(history, curves, top=1)
-
-
-def _png(pixels: Pixels) -> str:
-    """A grey image uint8 (height, width) as a PNG data URI."""
-    data = io.BytesIO()
-    Image.fromarray(pixels).save(data, format="PNG")
-    return "data:image/png;base64," + base64.b64encode(data.getvalue()).decode()

@@ -32,7 +32,7 @@ from pipeline.artifacts import encode_onnx
 from pipeline.catalog import CATALOG
 from pipeline.cluster import ClusterConfig, check_cluster, run_on_ray
 from pipeline.documents import find_document, keep_document, read_document
-from pipeline.download import SourceConfig, check_source, identity
+from pipeline.download import check_source
 from pipeline.errors import ConfigError
 from pipeline.evaluate import Evaluation, Exported
 from pipeline.loader import LoadConfig
@@ -43,7 +43,7 @@ from pipeline.publish import Published
 from pipeline.recipe import TrainConfig, TuneConfig, encode_recipe
 from pipeline.sharding import ShardConfig, dataset_folder, run_in_threads, write_shards
 from pipeline.shards import Manifest, find_manifest, require_manifest, verify_shards
-from pipeline.source import open_source
+from pipeline.source import SourceConfig, open_source
 from pipeline.storage import StorageConfig, Store, open_store, sha256
 from pipeline.train import Training, staging
 
@@ -295,10 +295,8 @@ def outcome(step: str, config: RunConfig) -> str | None:
 
 def _published_folder(config: DataConfig) -> str | None:
     """Where the store keeps a catalogued dataset; None for the user's own, which has to be read to know."""
-    made_of = identity(config)
-    if made_of is None:
-        return None
-    return dataset_folder(config.dataset, made_of, CATALOG[config.dataset].conversion, config)
+    known = CATALOG.get(config.dataset)
+    return None if known is None else dataset_folder(known.name, known.made_of, known.conversion, config)
 
 
 def _run_id(config: RunConfig) -> str:

@@ -27,7 +27,7 @@ LASTING = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 
 # Where file systems keep what they mend, at their root, and nobody but root may look.
 LOST_AND_FOUND = "lost+found"
-DELETE_ATTEMPTS = 10
+DELETE_ATTEMPTS, ATTEMPTS = 10, 50
 _TEMPORARY = re.compile(r"(^|/)\.[^/]+\.(tmp|lock)$")
 
 
@@ -76,6 +76,11 @@ class Store:
         """The whole object. Raises StorageError when there is none."""
         with self._explained(key):
             return bytes(self.fs.cat_file(self.path(key)))
+
+    def fetch(self, key: str, file: Path) -> None:
+        """Copy the object to a file of this machine. Raises StorageError when there is none."""
+        with self._explained(key):
+            self.fs.get_file(self.path(key), str(file))
 
     def keys(self, prefix: str) -> list[str]:
         """All keys under the folder `prefix`, sorted; none when it does not exist."""
@@ -135,6 +140,12 @@ class Store:
             if self._replace(key, data, expected):
                 return True
         return self.exists(key) and self.read(key) == data
+
+    def attempts(self, key: str) -> Iterator[bytes | None]:
+        """What the object holds, None where there is none: for `replace`, again as long as another is quicker."""
+        for _ in range(ATTEMPTS):
+            yield self.read(key) if self.exists(key) else None
+        raise StorageError(f"{self.locate(key)}: changed under every one of {ATTEMPTS} attempts; run again")
 
     def check_writable(self) -> None:
         """Write, read and delete a small object, so that a store out of reach is found before any work starts."""

@@ -7,10 +7,12 @@ follow from these and are not proven; `pipeline.reproduce` trains again.
 
 import math
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
+from lenet.model import layer_table
 from pipeline.artifacts import FORMS, SAFETENSORS, artifact_of
 from pipeline.card import render_card
 from pipeline.errors import DataError
@@ -28,7 +30,7 @@ from pipeline.publish import (
     verify_run,
 )
 from pipeline.registry import check_version, find_place
-from pipeline.report import Report, facts_of, layers_of, render_html
+from pipeline.report import Report, facts_of, render_html
 from pipeline.shards import Manifest, pick_images, require_manifest
 from pipeline.storage import Store
 
@@ -107,8 +109,8 @@ def _recount(store: Store, run: RunManifest, dataset: Manifest) -> Verdict:
 def _require_facts(store: Store, run: RunManifest, report: Report, dataset: Manifest) -> None:
     """That the report says of dataset and model what they are."""
     model = load_model(store, f"{run_folder(run.run_id)}/{SAFETENSORS}", run.artifacts[SAFETENSORS].sha256)
-    layers = layers_of(model, dataset.image_shape[0])
-    found = {"dataset": facts_of(dataset).model_dump(), "layers": [layer.model_dump() for layer in layers]}
+    layers = [asdict(row) for row in layer_table(model, dataset.image_shape[0])]
+    found = {"dataset": facts_of(dataset).model_dump(), "layers": layers}
     _require_equal(store, run, report.model_dump(include=set(found)), found)
 
 
@@ -162,11 +164,7 @@ def _predict_again(store: Store, run: RunManifest, dataset: Manifest, report: Re
         where = f"{store.locate(folder)}/report.json"
         raise DataError(f"{where}: its forms or predictions are not the manifest's; do not use the run")
     for name, form in evaluation.forms.items():
-        made = {
-            "bytes": run.artifacts[name].bytes,
-            "sha256": run.artifacts[name].sha256,
-            "correct": total.correct[name],
-        }
+        made = run.artifacts[name].model_dump() | {"correct": total.correct[name]}
         if abs(form.correct - total.correct[name]) <= undecided:
             made["correct"] = form.correct
         _require_equal(store, run, {name: form.model_dump(include=set(made))}, {name: made})

@@ -1,13 +1,11 @@
 """Proves that the files for real clusters agree with the local stack and with each other: commands, versions, ports."""
 
-import json
 import re
 from collections.abc import Iterator
 from itertools import takewhile
 from pathlib import Path
 
 import yaml
-from prefect.workers.process import ProcessWorker
 
 from flows.server import SETTINGS
 from infra.stack import Stack, programs
@@ -69,12 +67,6 @@ def test_the_local_stack_runs_every_command_too(pods: list[Object], ray: Object)
         assert words(command) in known | set(more), command
         assert options(command) <= used_options(words(command)) | own, command
     assert seen == known | set(more)
-
-
-def test_the_work_pool_is_prefects_own_but_for_the_command() -> None:
-    expected = ProcessWorker.get_default_base_job_template()
-    expected["variables"]["properties"]["command"]["default"] = "python -m flows.engine"
-    assert json.loads((INFRA / "work-pool.json").read_text()) == expected
 
 
 def test_ports_and_heartbeats_are_those_of_the_local_stack(

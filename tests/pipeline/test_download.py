@@ -15,10 +15,10 @@ import pytest
 
 from pipeline import download
 from pipeline.catalog import CATALOG, FASHION_MNIST, Dataset, IdxFile
-from pipeline.download import SourceConfig, cache_folder, check_source, fetch, identity
+from pipeline.download import cache_folder, check_source, fetch
 from pipeline.errors import ConfigError, DataError
 from pipeline.idx import Pixels
-from pipeline.source import FACTS, FILES, IMAGES, LABELS, SPLITS, open_source
+from pipeline.source import FACTS, FILES, IMAGES, LABELS, SPLITS, SourceConfig, open_source
 
 if TYPE_CHECKING:
     from tests.conftest import Splits
@@ -125,7 +125,7 @@ def test_the_real_files_pass_and_hold_what_was_published() -> None:
     }
     assert np.bincount(pairs["train"][1]).tolist() == [6000] * 10
     assert np.bincount(pairs["test"][1]).tolist() == [1000] * 10
-    assert source.facts.made_of == identity(SourceConfig())
+    assert source.facts.made_of == FASHION_MNIST.made_of
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -249,7 +249,7 @@ def test_auto_asks_the_published_mirrors_and_then_debian() -> None:
 
 def test_facts_say_what_it_was_made_of(tiny: Tiny) -> None:
     facts = open_source(tiny.fetch(str(tiny.folder))).facts
-    assert facts.made_of == identity(SourceConfig(dataset="tiny")) == tiny.dataset.made_of
+    assert facts.made_of == tiny.dataset.made_of
     assert (facts.dataset, facts.classes, facts.image_shape) == ("tiny", FASHION_MNIST.classes, (28, 28))
     assert (facts.conversion, facts.licence) == ({}, "MIT")
     assert facts.sha256 == {name: hashlib.sha256(data).hexdigest() for name, data in tiny.contents.items()}
@@ -342,8 +342,3 @@ def test_what_killed_processes_have_left_is_removed_after_a_day(tiny: Tiny) -> N
         os.utime(folder, (0, 0))
     tiny.fetch(str(tiny.folder))
     assert [folder.exists() for folder in (old, young, other)] == [False, True, True]
-
-
-def test_only_published_data_is_known_ahead() -> None:
-    assert identity(SourceConfig(dataset="emnist-letters")) == CATALOG["emnist-letters"].made_of
-    assert identity(SourceConfig(dataset="mine", source="/data")) is None

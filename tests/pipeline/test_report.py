@@ -15,7 +15,7 @@ from pipeline.evaluate import Evaluation, FormCheck
 from pipeline.metrics import CalibrationBin, ClassMetrics, Confusion, Interval, Mistake
 from pipeline.probe import Robustness, Speed
 from pipeline.promotion import Comparison
-from pipeline.report import DatasetFacts, LayerFacts, Report, render_html
+from pipeline.report import DatasetFacts, Report, render_html
 from tests.pipeline.conftest import Page
 
 HOSTILE = ['<script>alert(1)</script>', '"><img src=x onerror=alert(1)>', "{{ 7 * 7 }}'&"]  # fmt: skip
@@ -54,7 +54,7 @@ def a_report(names: list[str] | None = None, text: str = "r1", homepage: str = "
         parameters={"lr": 0.9, "epochs": None, text: text},
         dataset=DatasetFacts(name=text, digest="d" * 64, rows={"train": 60_000, "test": 12}, licence=text,
                              homepage=homepage),
-        layers=[LayerFacts(**vars(row)) for row in layer_table(LeNet())],
+        layers=[*layer_table(LeNet())],
         history=[epoch(number + 1) for number in range(epochs)],
         world_size=2, device="cpu", training_seconds=84.4, evaluation=evaluation, comparison=comparison,
         versions={"torch": "2", text: text}, lineage={"lock": "9" * 64, text: text},
