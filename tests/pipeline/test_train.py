@@ -17,6 +17,7 @@ import pytest
 import ray
 import safetensors.torch
 import torch
+from ray.train.torch.config import _TorchBackend
 from ray.train.v2._internal.execution.worker_group.thread_runner import ThreadRunner
 from torch.nn import functional as F
 
@@ -26,7 +27,7 @@ from lenet.recipe import RECIPES
 from lenet.step import evaluate_step, metrics_of
 from pipeline.checkpoint import FILE_NAME, EpochMetrics, decode_model, read_state
 from pipeline.cluster import ClusterConfig
-from pipeline.errors import DataError, TrainingError
+from pipeline.errors import DataError, Terminated, TrainingError
 from pipeline.idx import Pixels
 from pipeline.lease import Lease, read_lease
 from pipeline.loader import LoadConfig, Loading, Place
@@ -261,6 +262,48 @@ def test_a_worker_killed_in_epoch_2_is_told_of_and_changes_no_byte(
     first = find_training(small_store, "undisturbed")
     assert first is not None
     assert training.candidate_sha256 == first.candidate_sha256
+
+
+def test_workers_of_whom_one_is_killed_while_they_meet_are_replaced(
+    small_store: Store,
+    manifest: Manifest,
+    undisturbed: Weights,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    on_start, killed = _TorchBackend.on_start, list[int]()
+
+    def kill_one(backend: _TorchBackend, workers: Any, config: Any) -> None:
+        if not killed:
+            worker = ray_processes("RayTrainWorker")[0]
+            worker.kill()
+            worker.wait()
+            killed.append(worker.pid)
+        on_start(backend, workers, config)
+
+    monkeypatch.setattr(_TorchBackend, "on_start", kill_one)
+    all_there_is = ClusterConfig(workers=2, cpus_per_worker=2, gpu="no")  # so the places of the first are needed
+    fit(small_store, "killed-meeting", manifest, SMALL_RUN, all_there_is, LoadConfig())
+    assert len(killed) == 1
+    assert_close(weights(small_store, "killed-meeting"), undisturbed)
+    assert "its process has died: it was killed, or it crashed. All ranks start again" in caplog.text
+
+
+def test_the_end_that_comes_too_late_for_the_workers_is_one_all_the_same(
+    small_store: Store, manifest: Manifest, undisturbed: Weights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver = os.getpid()
+
+    def end_the_driver(config: dict[str, Any]) -> None:
+        train_worker(config)
+        os.kill(driver, signal.SIGTERM)
+
+    monkeypatch.setattr(pipeline.train, "train_worker", end_the_driver)
+    one = ClusterConfig(workers=1, gpu="no")
+    with pytest.raises(Terminated):
+        fit(small_store, "late", manifest, SMALL_RUN, one, LoadConfig())
+    assert_close(weights(small_store, "late"), undisturbed)
+    fit(small_store, "late", manifest, SMALL_RUN, one, LoadConfig())  # and is there for whoever goes on
 
 
 def test_standardised_training_gives_a_model_for_plain_pixels_and_looks_at_no_test_images(

@@ -105,6 +105,12 @@ def test_failures_are_counted_since_the_last_checkpoint() -> None:
     assert found == [FailureDecision.RETRY, FailureDecision.RETRY, FailureDecision.RAISE]
 
 
+def test_workers_that_die_before_they_train_are_not_started_without_end() -> None:
+    policy = Failures(FailureConfig(max_failures=2), lambda: 0)
+    found = [policy.make_decision(WorkerGroupError("its process has died", {})) for _ in range(3)]
+    assert found == [FailureDecision.RETRY, FailureDecision.RETRY, FailureDecision.RAISE]
+
+
 def test_what_may_pass_is_no_mistake() -> None:
     assert mistake_of(WorkerGroupError("", {0: RuntimeError(), 1: StorageError("it is away")})) is None
     assert mistake_of(ControllerError(RuntimeError())) is None
