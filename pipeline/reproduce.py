@@ -9,6 +9,7 @@ from pipeline.config import config_of
 from pipeline.errors import DataError
 from pipeline.evaluate import load_model
 from pipeline.progress import OnEpoch, OnNow
+from pipeline.publish import find_run
 from pipeline.storage import Store
 from pipeline.train import find_training, staging
 
@@ -50,8 +51,10 @@ def reproduce(
         "workers": training.world_size,
         "ray_address": ray_address,
     }
-    config = run.begin(config_of(given, run.RunConfig), again)
     try:
+        if dataset := run.dataset_of(store, run_id) or _published_dataset(store, run_id):
+            run.keep_dataset(store, again, dataset)  # so it is read from the store, whatever has become of the source
+        config = run.begin(config_of(given, run.RunConfig), again)
         manifest = run.shard(config, run.download(config))
         second = run.train(config, manifest, on_epoch, on_now)
         one = load_model(store, training.candidate, training.candidate_sha256).state_dict()
@@ -72,3 +75,11 @@ def reproduce(
             if before.get(name) != value
         ],
     )
+
+
+def _published_dataset(store: Store, run_id: str) -> run.RunDataset | None:
+    """Of runs of before they kept it, what was published says it."""
+    published = find_run(store, run_id)
+    if published is None or not published.dataset_folder:
+        return None
+    return run.RunDataset(folder=published.dataset_folder, digest=published.dataset_digest)

@@ -108,14 +108,37 @@ class RunRecord(BaseModel):
         }
 
 
+class RunDataset(BaseModel):
+    """The version of a dataset, by its digest, that a run is about, and the key of the folder that it is in.
+
+    A run keeps to it, whatever becomes of the source: it might have test images that the run was trained on.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    folder: str
+    digest: str
+
+
+def dataset_of(store: Store, run_id: str | None) -> RunDataset | None:
+    """What the run is about; None while that has not been decided."""
+    return None if run_id is None else find_document(store, f"{staging(run_id)}/dataset.json", RunDataset)
+
+
+def keep_dataset(store: Store, run_id: str, dataset: RunDataset) -> RunDataset:
+    """Decide it, if it has not been decided; what it is."""
+    return keep_document(store, f"{staging(run_id)}/dataset.json", dataset)
+
+
 def check(config: RunConfig) -> Store:
     """Check all that can be checked before any work; the store, ready for use.
 
     Raises ConfigError for parameters that cannot work on this machine, StorageError for a store out of reach.
     """
-    check_source(config)
-    pipeline.jobs.check(config)
     store = open_store(config.storage)
+    if dataset_of(store, config.run_id) is None:  # else the source is not needed any more
+        check_source(config)
+    pipeline.jobs.check(config)
     store.check_writable()
     return store
 
@@ -125,8 +148,8 @@ def begin(config: RunConfig, run_id: str) -> RunConfig:
 
     Raises what `check` raises, and ConfigError for parameters other than those the run was begun with.
     """
-    store = check(config)
     config = config.model_copy(update={"run_id": run_id})
+    store = check(config)
     key = f"{staging(run_id)}/run.json"
     parameters = config.model_dump(mode="json") | config.spelled_out()
     record = RunRecord(parameters=parameters, versions=versions(), lineage=lineage())
@@ -150,8 +173,21 @@ def download(config: DataConfig) -> Path | None:
 
 
 def shard(config: RunConfig, folder: Path | None) -> Manifest:
-    """The dataset's manifest, its shards written if need be and every byte of them verified."""
-    return _shard(config, folder, config.connectable)
+    """The dataset's manifest, its shards written if need be and every byte of them verified.
+
+    Raises ConfigError when it is not the version that the run was begun with.
+    """
+    manifest = _shard(config, folder, config.connectable)
+    found = RunDataset(folder=manifest.folder, digest=manifest.digest)
+    kept = keep_dataset(open_store(config.storage), _run_id(config), found)
+    if kept.digest != found.digest:
+        raise ConfigError(
+            "source",
+            config.source,
+            f"version {manifest.version} comes of it, and run {config.run_id} was begun with {kept.digest[:12]}",
+            "give it as it was, or use another run_id",
+        )
+    return manifest
 
 
 def prepare(config: DataConfig) -> Manifest:
@@ -294,7 +330,10 @@ def outcome(step: str, config: RunConfig) -> str | None:
 
 
 def _published_folder(config: DataConfig) -> str | None:
-    """Where the store keeps a catalogued dataset; None for the user's own, which has to be read to know."""
+    """Where the store keeps the dataset that a run is about, or a catalogued one; None for the user's own, which has to
+    be read to know."""
+    if isinstance(config, RunConfig) and (begun := dataset_of(open_store(config.storage), config.run_id)):
+        return begun.folder
     known = CATALOG.get(config.dataset)
     return None if known is None else dataset_folder(known.name, known.made_of, known.conversion, config)
 

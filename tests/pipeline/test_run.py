@@ -1,10 +1,12 @@
 """Proves that a run's parameters are checked before any work, and that a run is continued only as it was begun."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from lenet.recipe import RECIPES
 from pipeline import run
@@ -135,6 +137,37 @@ def test_a_dataset_in_the_store_is_neither_fetched_nor_written_again(tmp_path: P
     assert run.download(config) is None
     assert run.shard(config, None) == first
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.parquet")} == times
+
+
+def test_a_run_keeps_to_its_dataset_whatever_becomes_of_the_source(tmp_path: Path) -> None:
+    store, photos = open_store(str(tmp_path / "store")), tmp_path / "photos"
+
+    def add_photos(number: int) -> None:
+        for name, grey in (("dark", 20), ("light", 200)):
+            (photos / name).mkdir(parents=True, exist_ok=True)
+            for count in range(20):
+                Image.new("L", (28, 28), grey + count).save(photos / name / f"{number}-{count}.png")
+
+    def shard(run_id: str) -> Manifest:
+        given = {"storage": store.url, "dataset": "mine", "source": str(photos), "test_fraction": 0.2}
+        config = run.begin(config_of(given), run_id)
+        return run.shard(config, run.download(config))
+
+    add_photos(1)
+    first = shard("r")
+    add_photos(2)
+    assert shard("r") == first
+    assert shard("other").digest != first.digest
+    store.delete(first.folder)
+    with pytest.raises(
+        ConfigError, match=f"^source=.*: version .{{12}} comes of it, and run r was begun with {first.version}"
+    ):
+        shard("r")
+    for photo in photos.rglob("2-*.png"):
+        photo.unlink()
+    assert shard("r") == first
+    shutil.rmtree(photos)
+    assert shard("r") == first
 
 
 def test_a_flipped_byte_in_a_shard_stops_the_run_before_training(tmp_path: Path) -> None:
