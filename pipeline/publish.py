@@ -56,7 +56,8 @@ class RunManifest(BaseModel):
     """What a published run consists of, by name beside the manifest, and what names its content.
 
     `test_digest` names the images it was judged by, `dataset_folder` is the key of the dataset they are from, `made_by`
-    is `code_of_pages` of whoever published. Runs of before there was a headline have none, nor that.
+    is `code_of_pages` of whoever published, if he wrote all pages. Runs of before there was a headline have none, nor
+    that.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -133,7 +134,8 @@ def publish(
             "report.html": render_html(report, list(mistakes)).encode(),
             CARD: render_card(report).encode(),
         }
-        artifacts |= {name: artifact_of(store.keep(f"{folder}/{name}", data)) for name, data in rendered.items()}
+        kept = {name: store.keep(f"{folder}/{name}", data) for name, data in rendered.items()}
+        artifacts |= {name: artifact_of(data) for name, data in kept.items()}
         content = RunManifest(
             format_version=FORMAT_VERSION,
             run_id=run_id,
@@ -145,7 +147,7 @@ def publish(
             classes=manifest.classes,
             image_shape=manifest.image_shape,
             headline=headline_of(report),
-            made_by=code_of_pages(),
+            made_by=code_of_pages() if kept == rendered else "",  # other code has begun to publish it
             artifacts=artifacts,
         )
         store.keep(f"{folder}/manifest.json", content.model_dump_json(indent=2).encode())

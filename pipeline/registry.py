@@ -145,28 +145,32 @@ def register(store: Store, model: str, run_id: str) -> Version:
     Whoever creates a number first has it. A second process with the same run, however slow, starts at a number not
     above that of the first, and creating the very same bytes again is no error: so a run is one version.
     """
-    manifest = require_run(store, run_id)
-    key = f"{run_folder(run_id)}/manifest.json"
     known = list_versions(store, model)
     for version in known:
         if version.run_id == run_id:
             return version
     for number in count(len(known) + 1):
-        version = Version(
-            model=model,
-            version=number,
-            run_id=run_id,
-            manifest=key,
-            manifest_sha256=sha256(store.read(key)),
-            accuracy=manifest.accuracy,
-            test_digest=manifest.test_digest,
-            finished=manifest.finished,
-            headline=manifest.headline,
-        )
+        version = _version_of(store, model, number, run_id)
         content = version.model_dump_json(indent=2).encode()
         if store.create(f"{version_folder(model, number)}/version.json", content):
             return version
     raise AssertionError("count() does not end")
+
+
+def _version_of(store: Store, model: str, number: int, run_id: str) -> Version:
+    manifest = require_run(store, run_id)
+    key = f"{run_folder(run_id)}/manifest.json"
+    return Version(
+        model=model,
+        version=number,
+        run_id=run_id,
+        manifest=key,
+        manifest_sha256=sha256(store.read(key)),
+        accuracy=manifest.accuracy,
+        test_digest=manifest.test_digest,
+        finished=manifest.finished,
+        headline=manifest.headline,
+    )
 
 
 def held_against_champion(
@@ -307,12 +311,21 @@ def open_model(url: str) -> Served:
 
 
 def check_version(place: Place) -> None:
-    """DataError unless the run's manifest is the one that was registered."""
-    version = place.version
-    if version is not None and sha256(place.store.read(version.manifest)) != version.manifest_sha256:
+    """DataError unless the run's manifest is the one that was registered, and the version and the champion say of the
+    run what that says."""
+    store, version = place.store, place.version
+    if version is None:
+        return
+    made = _version_of(store, version.model, version.version, place.run_id)
+    if version.run_id == place.run_id and version.manifest_sha256 != made.manifest_sha256:
         raise DataError(
-            f"{place.store.locate(version.manifest)}: its sha256 is not that of {version}; it was altered, "
-            "do not use it"
+            f"{store.locate(made.manifest)}: its sha256 is not that of {version}; it was altered, do not use it"
+        )
+    if version != made:
+        key = f"{version_folder(version.model, version.version)}/version.json"
+        raise DataError(
+            f"{store.locate(key)}: is not what run {place.run_id} gives; it or {champion_key(version.model)} was "
+            "altered, do not use it"
         )
 
 

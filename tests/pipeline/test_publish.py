@@ -80,6 +80,16 @@ def test_ten_publishers_of_one_run_publish_it_once(store: Store, trained: Traine
     assert {key.removeprefix("runs/r/") for key in store.keys("runs/r")} == ARTIFACTS | {"manifest.json"}
 
 
+def test_pages_that_other_code_has_written_are_not_said_to_be_of_this(local_store: Store, trained: Trained) -> None:
+    receipts = trained(local_store, "r")
+    local_store.put(f"{run_folder('r')}/report.html", b"<p>of a version before, that was killed then</p>")
+    receipts.publish(local_store)
+    found = find_run(local_store, "r")
+    assert found is not None
+    assert found.made_by == ""
+    verify_run(local_store, "r")
+
+
 def test_an_evaluation_of_another_model_is_refused(local_store: Store, trained: Trained) -> None:
     one, other = trained(local_store, "one", seed=1), trained(local_store, "other", seed=2)
     with pytest.raises(DataError, match="of another model or dataset"):
