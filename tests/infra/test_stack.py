@@ -181,23 +181,30 @@ def test_a_flow_runs_on_the_stack_and_says_so_everywhere(stack: Running, bucket:
     assert [message for message in stack.messages() if re.match(done_anew, message)] == []
 
 
-def test_a_killed_flow_process_is_followed_by_another_that_finds_the_training(stack: Running, bucket: Store) -> None:
+@pytest.mark.parametrize("gone", ["process", "machine"])
+def test_a_flow_run_whose_process_or_machine_dies_is_taken_up_and_finds_its_training(
+    stack: Running, bucket: Store, gone: str
+) -> None:
+    run_id = f"{gone}-gone"
     with listening(stack) as told:
         # At this rate it learns next to nothing: the champion stays, and people hear of that.
-        stack.submit(epochs=12, run_id="killed", lr=0.001, workers=1)
-        wait_for(lambda: begun(bucket, "killed"))
+        stack.submit(epochs=12, run_id=run_id, lr=0.001, workers=1)
+        wait_for(lambda: begun(bucket, run_id))
+        if gone == "machine":  # nobody is left to say that the process has died, until its heartbeats are missed
+            [worker] = [process for process in stack.processes("prefect") if "worker" in process.cmdline()]
+            worker.kill()
         [process] = stack.processes("flows.engine")
         process.kill()
         wait_for(lambda: stack.flow_run()["state_type"] == "COMPLETED")
     assert stack.flow_run()["run_count"] == 2
-    assert stack.jobs("killed") == ["SUCCEEDED"]
-    training = find_training(bucket, "killed")
+    assert stack.jobs(run_id) == ["SUCCEEDED"]
+    training = find_training(bucket, run_id)
     assert training is not None
     assert [epoch.epoch for epoch in training.history] == list(range(1, 13))
-    verify_run(bucket, "killed")
+    verify_run(bucket, run_id)
     assert open_model(bucket.url).place == "lenet version 1 (first)"
     [refusal] = told
-    assert refusal.startswith("killed is not the champion of lenet: ")
+    assert refusal.startswith(f"{run_id} is not the champion of lenet: ")
 
 
 def test_a_cancelled_flow_run_stops_its_training_and_frees_the_workers(stack: Running, bucket: Store) -> None:
