@@ -1,6 +1,8 @@
-"""The command line: `lenet train` with the flow's parameters, and `lenet tune`, `runs`, `data` and `layers`."""
+"""The command line: `lenet train` with the flow's parameters, `lenet layers`, and the commands of the files beside."""
 
 import importlib.metadata
+import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
@@ -12,7 +14,7 @@ from rich.table import Table
 
 from flows import server
 from flows.data import data
-from flows.display import Display
+from flows.display import Display, Lasting
 from flows.models import export, gc, index, models, promote, reproduce, retention, rollback, verify
 from flows.options import option
 from flows.parameters import with_parameters
@@ -22,6 +24,7 @@ from flows.tune import tune
 from lenet.model import LeNet, layer_table
 from pipeline.config import config_of
 from pipeline.errors import PipelineError, Terminated
+from pipeline.imports import undisturbed
 from pipeline.run import RunConfig, check, ray_ahead
 
 app = App(
@@ -54,10 +57,11 @@ def train(**parameters: Any) -> None:
     config = config_of(parameters, RunConfig)
     check(config)  # the flow does so too, but only once Prefect is up
     server.begin()
-    with ray_ahead(config), Display(Console()) as display:
-        from prefect.exceptions import TerminationSignal
+    with ray_ahead(config), Display(Lasting()) as display:
+        with undisturbed():  # after the server's settings, for it imports prefect
+            from prefect.exceptions import TerminationSignal
 
-        from flows.train_lenet import train_lenet  # after the server's settings, for it imports prefect
+            from flows.train_lenet import train_lenet
 
         server.require()
         try:
@@ -98,12 +102,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         app(given)
+        sys.stdout.flush()
     except CycloptsError as error:
         print(f"lenet: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except PipelineError as error:
         print(f"lenet: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     except KeyboardInterrupt as interrupt:
         remedy = "; the same --run-id goes on from the last checkpoint" if given[:1] == ["train"] else ""
         print(f"lenet: interrupted{remedy}", file=sys.stderr)

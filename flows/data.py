@@ -45,7 +45,7 @@ def list_datasets(*, storage: Storage = DEFAULT_STORAGE) -> None:
             store.locate(manifest.folder),
         )
     console.print()
-    console.print(versions if versions.row_count else f"nothing in the store yet: {store.url}", soft_wrap=True)
+    console.print(versions if versions.row_count else f"nothing in the store yet: {store}", soft_wrap=True)
 
 
 @data.command(name="prepare")
@@ -107,11 +107,11 @@ def _named(store: Store, names: tuple[str, ...]) -> list[Manifest]:
             raise ConfigError(
                 "dataset",
                 name,
-                f"{store.url} has none of that name",
+                f"{store} has none of that name",
                 f"make it with: lenet data prepare --dataset {name}",
             )
     if not found:
-        raise DataError(f"{store.url}: no dataset is there; make one with: lenet data prepare")
+        raise DataError(f"{store}: no dataset is there; make one with: lenet data prepare")
     return [manifest for manifest in found if not names or manifest.dataset in names]
 
 

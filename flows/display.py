@@ -1,6 +1,7 @@
 """What a person sees in the terminal: the steps as they finish, and the curves as they grow."""
 
 import logging
+import os
 from datetime import timedelta
 from types import TracebackType
 from typing import Self
@@ -17,6 +18,14 @@ from pipeline.progress import Now
 LOGGERS = ("pipeline", "flows", "now")
 CHART_SIZE = (76, 16)  # columns and rows
 TABLE_EPOCHS = 12
+
+
+class Lasting(Console):
+    """Outlives whoever reads it: it goes quiet, where Rich would end the process, and the training with it."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
 
 
 class Display(logging.Handler):

@@ -7,14 +7,13 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 from cyclopts.validators import Number
-from rich.console import Console
 from rich.table import Table
 
 import pipeline.registry
 import pipeline.reproduce
 import pipeline.retention
 import pipeline.verify
-from flows.display import Display
+from flows.display import Display, Lasting
 from flows.options import DEFAULT_STORAGE, Storage, option
 from flows.parameters import with_parameters
 from flows.runs import plain_console
@@ -55,7 +54,7 @@ def models(*, storage: Storage = DEFAULT_STORAGE) -> None:
                 f"{version.finished:%Y-%m-%d %H:%M} UTC",
                 "" if decision is None else "; ".join(decision.reasons),
             )
-    console.print(table if table.row_count else f"no model yet: {store.url}", soft_wrap=True)
+    console.print(table if table.row_count else f"no model yet: {store}", soft_wrap=True)
 
 
 def promote(
@@ -124,7 +123,7 @@ def reproduce(run_id: str, *, storage: Storage = DEFAULT_STORAGE, ray_address: s
         ray_address: Ray cluster to train on: auto or host:port. A local Ray is started if not given.
     """
     logging.getLogger("pipeline").setLevel(logging.INFO)
-    with Display(Console()):
+    with Display(Lasting()):
         found = pipeline.reproduce.reproduce(open_store(storage), run_id, ray_address)
     for difference in found.differences:
         print(f"other than then: {difference}")

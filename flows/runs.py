@@ -29,7 +29,7 @@ def show_runs(*, storage: Storage = DEFAULT_STORAGE) -> None:
             "" if run.accuracy is None else f"{run.accuracy:.4f}",
             "" if run.finished is None else f"{run.finished:%Y-%m-%d %H:%M} UTC",
         )
-    console.print(table if table.row_count else f"no run yet: {store.url}", soft_wrap=True)
+    console.print(table if table.row_count else f"no run yet: {store}", soft_wrap=True)
 
 
 @runs.command

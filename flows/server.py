@@ -38,6 +38,7 @@ SETTINGS = {
     "PREFECT_LOGGING_EXTRA_LOGGERS": "pipeline,flows",
     "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",  # infra/automations.yaml, if the user's own server has it, counts on it
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "DO_NOT_TRACK": "1",  # and say nothing of it
     **{f"PREFECT_SERVER_SERVICES_{service}_ENABLED": "false" for service in UNUSED_SERVICES},
 }
 START_S, STOP_S = 120, 5

@@ -3,11 +3,10 @@
 import logging
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 import pipeline.run
-from flows.display import Display
+from flows.display import Display, Lasting
 from flows.options import option
 from flows.parameters import with_parameters
 from pipeline.config import config_of
@@ -20,7 +19,7 @@ SHOWN = 10
 def tune(**parameters: Any) -> None:
     """Search a recipe's hyperparameters with Ray Tune, judging them on validation images; never on the test images."""
     config = config_of(parameters, TuneRunConfig)
-    console = Console(highlight=False)
+    console = Lasting(highlight=False)
     logging.getLogger("pipeline").setLevel(logging.INFO)
     with Display(console):
         tuned = pipeline.run.tune(config)

@@ -30,7 +30,7 @@ from pipeline.storage import outage_s
 
 log = logging.getLogger(__name__)
 
-# Ray Train reads these from the environment; what the user has set there stays.
+# Ray Train and Ray Tune read these from the environment; what the user has set there stays.
 RAY_TRAIN_SETTINGS = {
     "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "120",  # give up a hung worker after 2 minutes, not 10
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "25",  # Ray Train counts on a lost node for up to 20 s: not for 60
@@ -38,6 +38,8 @@ RAY_TRAIN_SETTINGS = {
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",  # and every second, not every five
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # take in reports, and see the end, after 0.2 seconds, not two
     "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",  # the control loop is of this process, and its log ours
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # it would go on with what there is, as if nobody had interrupted it
+    "RAY_AIR_NEW_OUTPUT": "0",  # that sends people to folders that are gone
 }
 # Ray's workers give way to all other processes, at niceness 15. On a machine of one's own, with three that were busy on
 # two cores, training had not begun after 130 s; this way, after 18. No variable: other threads read the environment.

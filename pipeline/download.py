@@ -74,10 +74,22 @@ def check_source(config: SourceConfig) -> None:
     try:
         if published and source != "auto" and not config.path.is_dir():
             raise ConfigError("source", source, "no such folder", "use auto, a folder with IDX files, or a URL")
+        if published and source != "auto" and not _has_any_of(CATALOG[config.dataset], config.path):
+            raise ConfigError(
+                "source",
+                source,
+                f"holds no file of {config.dataset}",
+                "for data of your own, give it a name with dataset",
+            )
         if not published:
             recognisable(config)
     except OSError as error:  # no right to look, a name that is too long
         raise ConfigError("source", source, str(error.strerror), "use a path that you may read") from None
+
+
+def _has_any_of(dataset: Dataset, folder: Path) -> bool:
+    names = {name for archive in dataset.archives for name in (archive, archive.removesuffix(".gz"))}
+    return any((folder / name).is_file() for name in names)
 
 
 def fetch(config: SourceConfig) -> Path:

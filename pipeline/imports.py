@@ -4,6 +4,7 @@ import atexit
 import contextlib
 import gc
 import importlib
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 # What is imported only once it is called for, after the training: 4 s.
 LATE_IMPORTS = ("torch._dynamo", "onnxscript", "onnxruntime", "scipy.stats", "scipy.ndimage", "matplotlib.figure")
 
+EXIT_S = 5
 _one_at_a_time = threading.Lock()
 
 
@@ -25,6 +27,29 @@ def for_good() -> Iterator[None]:
     finally:
         gc.freeze()
         gc.enable()
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """A first Ctrl-C in the block is heard at its end: in the midst of imports, it comes out as whatever the libraries
+    make of it."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        yield
+        return
+    heard: list[int] = []
+
+    def note(number: int, _: object) -> None:
+        if heard:
+            raise KeyboardInterrupt
+        heard.append(number)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if heard:
+        raise KeyboardInterrupt
 
 
 def training() -> None:
@@ -44,4 +69,6 @@ def ahead(then: Callable[[], Any] = lambda: None) -> None:
                 importlib.import_module(name)
             then()
 
-    threading.Thread(target=work, name="imports", daemon=True).start()
+    thread = threading.Thread(target=work, name="imports", daemon=True)
+    thread.start()
+    atexit.register(thread.join, EXIT_S)  # torch may crash where Python ends under its import

@@ -217,19 +217,23 @@ def code_of_pages() -> str:
 def copy_run(store: Store, run_id: str, output: Path) -> list[Path]:
     """Write the model of a published run, in every form, with its card, to a folder on this machine; the files.
 
-    ConfigError for a folder that cannot be written to, DataError as `read_report`.
+    ConfigError for a folder that cannot be written to or has other files of these names, DataError as `read_report`.
     """
     artifacts = _artifacts(store, run_id)
-    files = []
-    for name in (*FORMS, CARD):
-        data = read_checked(store, f"{run_folder(run_id)}/{name}", artifacts[name])
-        try:
-            output.mkdir(parents=True, exist_ok=True)
-            (output / name).write_bytes(data)
-        except OSError as error:
-            raise ConfigError("output", str(output), str(error.strerror), "name a folder to write to") from None
-        files.append(output / name)
-    return files
+    found = {
+        output / name: read_checked(store, f"{run_folder(run_id)}/{name}", artifacts[name]) for name in (*FORMS, CARD)
+    }
+    try:
+        for file, data in found.items():
+            if file.exists() and file.read_bytes() != data:
+                rule = f"has another {file.name}, which stays as it is"
+                raise ConfigError("output", str(output), rule, "name an empty folder")
+        output.mkdir(parents=True, exist_ok=True)
+        for file, data in found.items():
+            file.write_bytes(data)
+    except OSError as error:
+        raise ConfigError("output", str(output), str(error.strerror), "name a folder to write to") from None
+    return list(found)
 
 
 def read_latest(store: Store) -> Latest | None:

@@ -130,7 +130,9 @@ def require_champion(store: Store, model: str) -> Champion:
     """The champion of a model; ConfigError before the first."""
     champion = find_champion(store, model)
     if champion is None:
-        raise ConfigError("model", store.url, f"there is no champion of {model}", "train one, or name a run's folder")
+        others = ", ".join(f"models/{name}" for name in list_models(store) if name != model)
+        remedy = f"name {others} in it" if others else "train one, or name a run's folder"
+        raise ConfigError("model", str(store), f"there is no champion of {model}", remedy)
     return champion
 
 
@@ -275,10 +277,12 @@ def find_place(url: str) -> Place:
     """
     trimmed = re.sub(r"/(manifest|report|version|champion|decision)\.(json|html)$", "", url.rstrip("/"))
     # A store may lie in a folder of such a name, so what is in it decides; and it may be where we are.
-    if found := re.fullmatch(r"(?:(.*[^/])/)?runs/([^/]+)", trimmed):
+    if found := re.fullmatch(r"(?:(.*[^/])/)?runs/([^/]+)(/[^/]+)?", trimmed):
         store = open_store(found[1] or ".")
         if store.exists(f"{run_folder(found[2])}/manifest.json"):
             return Place(store, found[2], None)
+        if not found[3] and not open_store(trimmed).keys("models"):
+            raise DataError(f"{store.locate(run_folder(found[2]))}: no published run; lenet runs lists them")
     if found := re.fullmatch(r"(?:(.*[^/])/)?models/([^/]+)/versions/(\d+)", trimmed):
         store = open_store(found[1] or ".")
         version = require_version(store, found[2], int(found[3]))

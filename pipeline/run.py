@@ -301,13 +301,24 @@ def tune(config: TuneRunConfig) -> "Tuned":
     import pipeline.tune  # with it comes all of Ray Tune: 2 s that no other command needs
 
     output = Path(config.output).absolute()
-    if not output.parent.is_dir():
-        raise ConfigError("output", config.output, "its folder is not there", "name a file in one that is")
+    _write(output, b"")
     check_cluster(config)
     manifest = prepare(config)
     tuned = pipeline.tune.tune(open_store(config.storage), manifest, config.resolved(), config.seed, config, config)
-    output.write_bytes(encode_recipe(tuned.recipe))
+    _write(output, encode_recipe(tuned.recipe))
     return tuned
+
+
+def _write(output: Path, recipe: bytes) -> None:
+    """Put the recipe there; nothing, to see that it can be. ConfigError when it cannot."""
+    try:
+        new = not output.exists()
+        with output.open("r+b" if recipe == b"" and not new else "wb") as file:
+            file.write(recipe)
+        if new and not recipe:
+            output.unlink()
+    except OSError as error:
+        raise ConfigError("output", str(output), str(error.strerror), "name a file that can be written") from None
 
 
 def outcome(step: str, config: RunConfig) -> str | None:

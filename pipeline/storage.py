@@ -178,6 +178,8 @@ def open_store(url: str, field: str = "storage") -> Store:
             root = Path(unquote(parts.path) if parts.scheme else url).expanduser().absolute()
         except RuntimeError:
             raise ConfigError(field, url, "no such user", "write the path in full") from None
+        if root.is_file():
+            raise ConfigError(field, url, "is a file", "name a folder, or s3://bucket/prefix")
         return LocalStore(root.as_uri(), LocalFileSystem(auto_mkdir=True), str(root))
     if parts.scheme == "s3" and parts.netloc:
         if wrong := re.search(r"[*?\[\]#]", url):

@@ -64,6 +64,9 @@ class Store:
         """The key as a person would type it: a path on disk or an s3:// URL."""
         return f"{self.url}/{key}"
 
+    def __str__(self) -> str:
+        return self.locate("").rstrip("/")
+
     def exists(self, key: str) -> bool:
         with self._explained(key):
             # Not fs.isfile: it takes any error for "no", a server that is down or a wrong secret too.

@@ -1,5 +1,9 @@
 """Proves that a mistake on the command line costs one line and an exit code, and that help and layers are right."""
 
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -49,6 +53,7 @@ def assert_one_line(capsys: pytest.CaptureFixture[str], message: str) -> None:
         ("--source /nowhere", "source='/nowhere': no such folder; use auto, a folder with IDX files, or a URL", 2),
         ("--storage ftp://x/y", "storage='ftp://x/y': the store is a folder, file:///path or s3://bucket/prefix;", 2),
         ("--storage s3://key:secret@bucket", "storage='s3://…@bucket': credentials do not belong in a URL;", 2),
+        ("--storage /etc/passwd", "storage='/etc/passwd': is a file; name a folder, or s3://bucket/prefix", 2),
         ("--storage /dev/null/store", "/dev/null/store/.probe-", 1),
         ("--ray-address 127.0.0.1:9", "ray_address='127.0.0.1:9': no Ray cluster answers there (", 1),
         ("--ray-address nonsense", "ray_address='nonsense': no Ray cluster answers there (", 1),
@@ -83,7 +88,7 @@ def test_a_mistake_leaves_no_store_behind(tmp_path: Path) -> None:
 
 def test_a_store_without_runs_says_so(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert lenet("runs", "--storage", str(tmp_path)) == 0
-    assert capsys.readouterr().out == f"no run yet: {tmp_path.as_uri()}\n"
+    assert capsys.readouterr().out == f"no run yet: {tmp_path}\n"
 
 
 @pytest.mark.parametrize(
@@ -96,7 +101,11 @@ def test_a_store_without_runs_says_so(capsys: pytest.CaptureFixture[str], tmp_pa
             "output='tuned.yaml': String should match pattern '\\.json$'; use a name that ends in .json",
             2,
         ),
-        ("tune --output /nowhere/tuned.json", "output='/nowhere/tuned.json': its folder is not there; name a file", 2),
+        (
+            "tune --output /nowhere/t.json",
+            "output='/nowhere/t.json': No such file or directory; name a file that can",
+            2,
+        ),
         ("tune --validation-fraction 0", "validation_fraction=0.0: it should be greater than 0; use a number", 2),
         ("runs compare one other", "", 1),
     ],
@@ -111,3 +120,12 @@ def test_a_mistake_in_another_command_costs_a_line_too(
 def test_an_age_that_no_calendar_holds_is_refused_in_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert lenet("gc", "--older-than-hours", "1e12") == 2
     assert_one_line(capsys, 'Invalid value "1000000000000.0" for --older-than-hours. Must be <= 876000.')
+
+
+def test_whoever_reads_the_output_may_stop_reading(tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "flows", "gc", "--storage", str(tmp_path)]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=600)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")

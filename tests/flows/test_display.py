@@ -2,11 +2,12 @@
 
 import io
 import logging
+import os
 
 import pytest
 from rich.console import Console
 
-from flows.display import Display
+from flows.display import Display, Lasting
 from pipeline.checkpoint import EpochMetrics
 from pipeline.progress import Now
 
@@ -60,6 +61,16 @@ def test_an_epoch_that_is_told_again_is_drawn_once(console: Console) -> None:
         for number in (1, 2, 1, 2, 3):
             log.info("epoch %d of 3: %s", number, metrics(number), extra={"epoch": metrics(number), "epochs": 3})
     assert [epoch.epoch for epoch in display.history] == ([1, 2, 3] if console.is_terminal else [])
+
+
+def test_a_display_that_nobody_reads_any_more_ends_nothing() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    log = logging.getLogger("flows.train")
+    with os.fdopen(writing, "w") as file, Display(Lasting(file=file)) as display:
+        log.warning("one")
+        log.warning("two")
+    assert display.console.quiet
 
 
 def test_no_handler_stays_behind(console: Console) -> None:

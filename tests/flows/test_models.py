@@ -82,6 +82,20 @@ def test_the_exported_forms_agree_outside_of_this_package(
         exported = torch.export.load(tmp_path / "out/model.pt2").module()(images).numpy()
     np.testing.assert_allclose(exported, expected, atol=1e-4)
     assert (tmp_path / "out/README.md").read_text().startswith("---\n")
+    assert lenet("export", trained_store, tmp_path / "out") == out  # the same again
+
+
+def test_an_export_leaves_alone_what_is_there(
+    trained_store: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "README.md").write_text("mine")
+    with pytest.raises(SystemExit) as left:
+        main(["export", trained_store, str(tmp_path)])
+    assert left.value.code == 2
+    rule = "has another README.md, which stays as it is; name an empty folder"
+    assert capsys.readouterr().err == f"lenet: output={str(tmp_path)!r}: {rule}\n"
+    assert [file.name for file in tmp_path.iterdir()] == ["README.md"]
+    assert (tmp_path / "README.md").read_text() == "mine"
 
 
 def test_a_picture_is_predicted_by_the_champion(

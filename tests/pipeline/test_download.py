@@ -295,6 +295,7 @@ def test_a_source_is_checked_before_any_work(tiny: Tiny) -> None:
     [
         (SourceConfig(dataset="nothing"), "dataset='nothing': not one of fashion-mnist, mnist, "),
         (SourceConfig(dataset="nothing"), "; use one, or name your own data with source"),
+        (SourceConfig(source="/usr"), "source='/usr': holds no file of fashion-mnist; for data of your own, give it a"),
         (SourceConfig(dataset="mine", source="/no/such"), "source='/no/such': no such file or folder; a source is a "),
         (SourceConfig(dataset="mine", source=__file__), ": a file, but not a .parquet file; a source is a folder"),
         (SourceConfig(dataset="mine", source="https://example.org"), "is not fetched over HTTP; use a folder"),

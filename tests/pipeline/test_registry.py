@@ -222,6 +222,12 @@ def test_a_url_with_nothing_there_says_so(store: Store, published: list[str]) ->
         open_model(store.url)
     with pytest.raises(ConfigError, match="there is no champion of mine"):
         open_model(f"{store.url}/models/mine")
+    with pytest.raises(DataError, match="/runs/nobody: no published run; lenet runs lists them"):
+        find_place(f"{store.url}/runs/nobody")
+    assert find_place(f"{store.url}/runs/{published[0]}/model.safetensors").run_id == published[0]
+    register(store, "mine", published[0])
+    with pytest.raises(ConfigError, match="there is no champion of lenet; name models/mine in it"):
+        open_model(store.url)
     register(store, "lenet", published[0])
     with pytest.raises(DataError, match="has no version 7; lenet models lists them"):
         find_place(f"{store.url}/models/lenet/versions/7")

@@ -91,6 +91,18 @@ def test_a_run_goes_on_with_other_workers_but_not_with_another_seed(tmp_path: Pa
         run.begin(config_of({"storage": str(tmp_path), "seed": 2}), "r")
 
 
+def test_a_search_whose_recipe_cannot_be_written_does_not_begin(tmp_path: Path) -> None:
+    folder, kept = tmp_path / "folder.json", tmp_path / "kept.json"
+    folder.mkdir()
+    kept.write_text("as it was")
+    for output in (folder, kept):
+        search = {"storage": str(tmp_path / "store"), "output": str(output), "workers": 1000}
+        with pytest.raises(ConfigError) as raised:
+            run.tune(checked(search, run.TuneRunConfig))
+        assert raised.value.args[0] == ("output" if output is folder else "workers")
+    assert kept.read_text() == "as it was"
+
+
 def test_a_job_has_all_of_a_recipe_whose_file_is_not_where_it_runs(
     tmp_path: Path, small_manifest: Callable[[Store], Manifest], monkeypatch: pytest.MonkeyPatch
 ) -> None:

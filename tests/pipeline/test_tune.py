@@ -1,5 +1,8 @@
 """Proves on a real Ray that a search looks where it is told to, at validation alone, and gives back its best."""
 
+import logging
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +12,12 @@ import torch
 import pipeline.tune
 from lenet.recipe import RECIPES
 from pipeline.cluster import ClusterConfig
+from pipeline.errors import Terminated
 from pipeline.recipe import TrainConfig, TuneConfig, encode_recipe, varied
 from pipeline.sharding import ShardConfig, write_shards
+from pipeline.shards import Manifest
 from pipeline.source import Source
-from pipeline.storage import open_store
+from pipeline.storage import Store, open_store
 from pipeline.tune import Tuned, tune
 from pipeline.tune import _train as train
 
@@ -28,11 +33,20 @@ def on_a_machine_with_a_gpu(parameters: dict[str, Any], **given: Any) -> None:
 
 
 @pytest.fixture(scope="module")
-def tuned(tmp_path_factory: pytest.TempPathFactory, small_source: Source) -> Tuned:
-    store = open_store(str(tmp_path_factory.mktemp("tune")))
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    return open_store(str(tmp_path_factory.mktemp("tune")))
+
+
+@pytest.fixture(scope="module")
+def manifest(store: Store, small_source: Source) -> Manifest:
     manifest = write_shards(store, small_source, ShardConfig(validation_fraction=0.2))
     for shard in manifest.splits["test"]:
         store.delete(f"{manifest.folder}/{shard.name}")  # whoever looks at the test images fails
+    return manifest
+
+
+@pytest.fixture(scope="module")
+def tuned(store: Store, manifest: Manifest) -> Tuned:
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(pipeline.tune, "_train", on_a_machine_with_a_gpu)
         return tune(store, manifest, BASE, 0, SEARCH, ClusterConfig(workers=2, gpu="no"))
@@ -63,3 +77,24 @@ def test_the_recipe_is_the_best_trials_and_a_run_accepts_its_file(tuned: Tuned, 
     file = tmp_path / "tuned.json"
     file.write_bytes(encode_recipe(tuned.recipe))
     assert TrainConfig(recipe=str(file)).resolved() == tuned.recipe
+
+
+@pytest.mark.parametrize(("number", "raised"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)])
+def test_a_search_that_is_to_end_does(
+    store: Store, manifest: Manifest, number: signal.Signals, raised: type[BaseException]
+) -> None:
+    class EndUs(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if record.getMessage().startswith("trial 1 of"):
+                os.kill(os.getpid(), number)
+
+    handler, log = EndUs(), logging.getLogger("pipeline.tune")
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    many = TuneConfig(vary=("lr",), trials=100)
+    try:
+        with pytest.raises(KeyboardInterrupt) as ended:
+            tune(store, manifest, BASE, 0, many, ClusterConfig(workers=2, gpu="no"))
+    finally:
+        log.removeHandler(handler)
+    assert type(ended.value) is raised
