@@ -14,6 +14,8 @@ from urllib.parse import urlsplit
 
 import jsonschema
 import kubernetes_validate
+import pytest
+from prefect.settings.models.server.ui import ServerUISettings
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from infra.stack import Stack
@@ -81,6 +83,18 @@ def test_docker_compose_accepts_the_file_only_with_every_secret() -> None:
         refused = compose(name)
         assert refused.returncode != 0
         assert name in refused.stderr
+
+
+def test_prefect_may_write_where_compose_has_it_put_its_ui(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = COMPOSE["prefect-server"]
+    for name, value in server["environment"].items():
+        monkeypatch.setenv(name, value)
+    folder = ServerUISettings().static_directory
+    assert folder is not None
+    [home] = re.findall(r"HOME=(\S+)", DOCKERFILE)
+    assert Path(folder).parent == Path(home)
+    assert "useradd --uid 1000 --gid 1000 --create-home" in DOCKERFILE
+    assert (server["user"], "read_only" in server) == ("1000:1000", False)
 
 
 def test_every_kubernetes_object_fits_its_schema(objects: list[Object], ray: Object) -> None:
