@@ -115,6 +115,10 @@ def test_ray_accepts_the_file_for_ray_up() -> None:
     assert types["gpu"]["resources"]["GPU"] == 1
     assert (types["gpu"]["min_workers"], types["head"]["max_workers"]) == (0, 0)
     assert sum(each.get("max_workers", 0) for each in types.values()) == config["max_workers"]
+    assert [config[f"{whose}setup_commands"] for whose in ("", "head_", "worker_")] == [[], [], []]
+    profiles = {name: each["node_config"]["IamInstanceProfile"]["Name"] for name, each in types.items()}
+    # The head alone may start machines.
+    assert profiles == {"head": "lenet-ray-head", "cpu": "lenet-ray", "gpu": "lenet-ray"}
 
 
 def test_containers_are_not_root_and_have_limits(pods: list[Object], ray: Object) -> None:
