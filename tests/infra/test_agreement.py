@@ -66,6 +66,12 @@ def test_ray_is_the_version_that_is_locked(ray: Object) -> None:
     assert ray["spec"]["rayVersion"] == LOCK["ray"]
 
 
+def test_a_changed_image_reaches_running_pods(objects: list[Object], ray: Object) -> None:
+    assert ray["spec"]["upgradeStrategy"] == {"type": "Recreate"}
+    (worker,) = (each for each in objects if each["kind"] == "Deployment")
+    assert worker["spec"]["strategy"] == {"type": "Recreate"}
+
+
 def test_the_local_stack_runs_every_command_too(pods: list[Object], ray: Object) -> None:
     known = {words(command) for command in programs(Stack()).values()}
     # Beside those: what undoes `ray start`, and what `up` runs by itself.
