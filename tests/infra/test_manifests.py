@@ -155,18 +155,33 @@ def test_no_file_holds_a_secret_or_names_a_registry(objects: list[Object], pods:
             assert not re.search(r"pypi|pythonhosted|pytorch\.org|docker\.io|ghcr|quay", text), file
 
 
-def test_the_network_is_closed_but_for_what_is_named(objects: list[Object]) -> None:
+def test_the_network_is_closed_but_for_what_is_named(objects: list[Object], ray: Object) -> None:
     rules = {each["metadata"]["name"]: each["spec"] for each in objects if each["kind"] == "NetworkPolicy"}
     assert rules["deny-all"] == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
     into = {name: spec["ingress"] for name, spec in rules.items() if "ingress" in spec}
-    assert set(into) == {"ray", "ray-jobs"}
+    assert set(into) == {"ray", "ray-jobs", "ray-metrics"}
     assert [port["port"] for port in into["ray-jobs"][0]["ports"]] == [Stack().dashboard_port]
+    [metrics] = into["ray-metrics"]
+    assert metrics["from"] == [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}]
+    assert metrics["ports"] == [{"protocol": "TCP", "port": 8080}]
+    assert rules["ray-metrics"]["podSelector"]["matchLabels"] == {"ray.io/cluster": ray["metadata"]["name"]}
     (worker,) = (each for each in objects if each["kind"] == "Deployment")
     labels = worker["spec"]["template"]["metadata"]["labels"].items()
     for selector in (into["ray-jobs"][0]["from"][0]["podSelector"], rules["prefect-worker"]["podSelector"]):
         assert selector["matchLabels"].items() <= labels
     accounts = {each["metadata"]["name"]: each for each in objects if each["kind"] == "ServiceAccount"}
     assert [name for name, each in accounts.items() if each["automountServiceAccountToken"]] == ["lenet-ray"]
+
+
+def test_pods_ask_for_names_wherever_a_cluster_may_answer(objects: list[Object]) -> None:
+    [names] = [each["spec"] for each in objects if each["metadata"]["name"] == "names"]
+    [rule] = names["egress"]
+    # NodeLocal DNSCache, and Cloud DNS on GKE, beside the pods of most clusters.
+    assert {peer["ipBlock"]["cidr"] for peer in rule["to"] if "ipBlock" in peer} == {
+        "169.254.20.10/32", "169.254.169.254/32"
+    }  # fmt: skip
+    assert {"k8s-app": "kube-dns"} in [peer.get("podSelector", {}).get("matchLabels") for peer in rule["to"]]
+    assert [(port["protocol"], port["port"]) for port in rule["ports"]] == [("UDP", 53), ("TCP", 53)]
 
 
 def test_pods_reach_every_mirror_of_the_catalogue(objects: list[Object]) -> None:
