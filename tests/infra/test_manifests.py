@@ -53,8 +53,9 @@ def test_hadolint_finds_nothing_in_the_dockerfile() -> None:
 
 def test_the_image_is_pinned_and_not_for_root() -> None:
     lines = DOCKERFILE.replace("\\\n", " ").splitlines()
-    assert {line.split()[1] for line in lines if line.startswith("FROM")} == {"python:3.11-slim-bookworm"}
-    assert "Python 3.11" in (ROOT / "requirements.lock").read_text().splitlines()[0]
+    assert {line.split()[1] for line in lines if line.startswith("FROM")} == {"python:$PYTHON"}
+    [python] = re.findall(r"^ARG PYTHON=(\d+\.\d+)\.\d+-slim-bookworm$", DOCKERFILE, re.MULTILINE)
+    assert f"Python {python}" in (ROOT / "requirements.lock").read_text().splitlines()[0]
     installs = [line for line in lines if "pip install" in line]
     assert [("--constraint requirements.lock" in line, "--no-deps" in line) for line in installs] == [
         (True, False), (False, True)
