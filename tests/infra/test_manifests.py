@@ -65,6 +65,16 @@ def test_the_image_is_pinned_and_not_for_root() -> None:
     assert f'image.version="{VERSION}"' in DOCKERFILE
 
 
+def test_the_image_knows_its_commit() -> None:
+    last = DOCKERFILE.rpartition("FROM ")[2]
+    assert last.index("ARG REVISION=unknown") < last.index("LENET_REVISION=$REVISION")
+    for service in COMPOSE.values():
+        assert "build" not in service or service["build"]["args"]["REVISION"] == "${REVISION:-unknown}"
+    documented = re.findall(r"REVISION=\$\((.*)\)", (ROOT / "docs" / "clusters.md").read_text())
+    recorded = ["git", "describe", "--always", "--dirty", "--abbrev=12"]  # by pipeline/run.py
+    assert [command.split() for command in documented] == [recorded, recorded]
+
+
 def test_only_what_the_image_needs_is_sent_to_the_builder() -> None:
     first, *rules = [line for line in (ROOT / ".dockerignore").read_text().split("\n") if line and line[0] != "#"]
     allowed = {rule[1:] for rule in rules if rule[0] == "!"}
