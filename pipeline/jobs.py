@@ -119,8 +119,13 @@ def check(cluster: ClusterConfig) -> None:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the packages that have to be the same on the cluster as where the run was begun."""
-    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in SAME}
+    """Of Python and of the packages that have to be the same on the cluster as where the run was begun.
+
+    Without the patch of Python, as only code and JSON go from there to here, and without a package's build, such as the
+    +cpu of torch's wheels for CPUs.
+    """
+    python = platform.python_version().rpartition(".")[0]
+    return {"python": python} | {name: importlib.metadata.version(name).partition("+")[0] for name in SAME}
 
 
 def require_versions(asked: dict[str, str]) -> None:

@@ -6,6 +6,7 @@ Each step is safe to repeat: it finds what an earlier attempt finished and goes 
 import contextlib
 import importlib.metadata
 import logging
+import os
 import platform
 import subprocess
 from datetime import datetime
@@ -385,9 +386,10 @@ def lineage() -> dict[str, str]:
 
 
 def _commit() -> str:
-    """The commit this code runs from, with -dirty if it was changed since; unknown outside a git checkout."""
+    """The commit this code runs from, with -dirty if it was changed since; outside a git checkout
+    LENET_REVISION, which our image sets, or unknown."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):
-        return "unknown"
+        return os.environ.get("LENET_REVISION") or "unknown"

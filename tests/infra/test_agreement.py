@@ -4,10 +4,21 @@ import re
 from collections.abc import Iterator
 from itertools import takewhile
 from pathlib import Path
+from typing import Any
+from uuid import uuid4
 
 import yaml
+from prefect import Flow, flow
+from prefect.client.schemas.objects import FlowRun
+from prefect.flow_engine import FlowRunEngine
+from prefect.server.events.schemas.automations import EventTrigger
+from prefect.server.events.schemas.events import ReceivedEvent
+from prefect.types._datetime import now
 
+from flows.predict_lenet import predict_lenet
+from flows.retention import retention
 from flows.server import SETTINGS
+from flows.train_lenet import train_lenet
 from infra.stack import Stack, programs
 from tests.infra.conftest import COMPOSE, INFRA, LOCK, ROOT, UP, VERSION, Object, groups
 
@@ -55,6 +66,12 @@ def test_ray_is_the_version_that_is_locked(ray: Object) -> None:
     assert ray["spec"]["rayVersion"] == LOCK["ray"]
 
 
+def test_a_changed_image_reaches_running_pods(objects: list[Object], ray: Object) -> None:
+    assert ray["spec"]["upgradeStrategy"] == {"type": "Recreate"}
+    (worker,) = (each for each in objects if each["kind"] == "Deployment")
+    assert worker["spec"]["strategy"] == {"type": "Recreate"}
+
+
 def test_the_local_stack_runs_every_command_too(pods: list[Object], ray: Object) -> None:
     known = {words(command) for command in programs(Stack()).values()}
     # Beside those: what undoes `ray start`, and what `up` runs by itself.
@@ -95,3 +112,22 @@ def test_ports_and_heartbeats_are_those_of_the_local_stack(
         assert deployment["work_pool"]["job_variables"]["env"]["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"] == beat
     [automation] = yaml.safe_load((INFRA / "automations.yaml").read_text())["automations"]
     assert automation["trigger"]["within"] >= 3 * int(beat)
+
+
+def heartbeat(of: Flow[..., Any]) -> ReceivedEvent:
+    """As Prefect's own engine sends it."""
+    run = FlowRun(flow_id=uuid4(), name="some-run")
+    resource, related = FlowRunEngine(flow=of, flow_run=run)._build_heartbeat_event_template()
+    sent = {"occurred": now("UTC"), "event": "prefect.flow-run.heartbeat", "id": uuid4()}
+    return ReceivedEvent.model_validate({**sent, "resource": resource, "related": [each.root for each in related]})
+
+
+def test_only_our_flows_are_held_to_our_heartbeat() -> None:
+    [automation] = yaml.safe_load((INFRA / "automations.yaml").read_text())["automations"]
+    trigger = EventTrigger.model_validate(automation["trigger"])
+    ours = (train_lenet, predict_lenet, retention)
+    deployments = yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]
+    assert {each.name for each in ours} == {deployment["name"] for deployment in deployments}
+    for each in ours:
+        assert trigger.covers(heartbeat(each)), each.name
+    assert not trigger.covers(heartbeat(flow(name="another-team's")(print)))

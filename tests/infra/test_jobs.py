@@ -1,9 +1,11 @@
 """Proves pipeline/jobs.py on the stack's own Ray: what cannot work is one line, within 30 s, and a run has one job."""
 
 import contextlib
+import importlib.metadata
 import json
 import logging
 import os
+import platform
 import subprocess
 import sys
 import threading
@@ -116,12 +118,24 @@ def test_other_versions_on_the_cluster_are_the_last_line_of_the_job(
     monkeypatch.setattr(logging.getLogger("pipeline.worker"), "propagate", True)  # as it is again afterwards
     here = jobs.versions()
     with pytest.raises(SystemExit):
-        pipeline.job.main(json.dumps({"work": "train", "versions": {**here, "python": "3.9.1"}}))
+        pipeline.job.main(json.dumps({"work": "train", "versions": {**here, "python": "3.9"}}))
     said = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert said["error"] == "ClusterError"
     assert said["args"] == [
-        f"the cluster has python {here['python']}, not 3.9.1; install the same versions as where the run begins"
+        f"the cluster has python {here['python']}, not 3.9; install the same versions as where the run begins"
     ]
+
+
+def test_a_laptop_may_have_another_patch_of_python_and_build_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    laptop = jobs.versions()
+    python, version = platform.python_version(), importlib.metadata.version
+    monkeypatch.setattr(platform, "python_version", lambda: f"{python}9")
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: f"{version(name)}+cpu")
+    jobs.require_versions(laptop)
+    minor = python.rpartition(".")[0]
+    monkeypatch.setattr(platform, "python_version", lambda: f"{minor}9.1")
+    with pytest.raises(ClusterError, match=f"^the cluster has python {minor}9, not {minor}; install"):
+        jobs.require_versions(laptop)
 
 
 def test_what_the_job_finds_wrong_is_raised_here(

@@ -14,6 +14,8 @@ from urllib.parse import urlsplit
 
 import jsonschema
 import kubernetes_validate
+import pytest
+from prefect.settings.models.server.ui import ServerUISettings
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from infra.stack import Stack
@@ -51,8 +53,9 @@ def test_hadolint_finds_nothing_in_the_dockerfile() -> None:
 
 def test_the_image_is_pinned_and_not_for_root() -> None:
     lines = DOCKERFILE.replace("\\\n", " ").splitlines()
-    assert {line.split()[1] for line in lines if line.startswith("FROM")} == {"python:3.11-slim-bookworm"}
-    assert "Python 3.11" in (ROOT / "requirements.lock").read_text().splitlines()[0]
+    assert {line.split()[1] for line in lines if line.startswith("FROM")} == {"python:$PYTHON"}
+    [python] = re.findall(r"^ARG PYTHON=(\d+\.\d+)\.\d+-slim-bookworm$", DOCKERFILE, re.MULTILINE)
+    assert f"Python {python}" in (ROOT / "requirements.lock").read_text().splitlines()[0]
     installs = [line for line in lines if "pip install" in line]
     assert [("--constraint requirements.lock" in line, "--no-deps" in line) for line in installs] == [
         (True, False), (False, True)
@@ -60,6 +63,16 @@ def test_the_image_is_pinned_and_not_for_root() -> None:
     assert [line for line in lines if line.startswith("USER")] == ["USER 1000:1000"]
     assert not [line for line in lines if line.startswith(("ENTRYPOINT", "ADD"))]
     assert f'image.version="{VERSION}"' in DOCKERFILE
+
+
+def test_the_image_knows_its_commit() -> None:
+    last = DOCKERFILE.rpartition("FROM ")[2]
+    assert last.index("ARG REVISION=unknown") < last.index("LENET_REVISION=$REVISION")
+    for service in COMPOSE.values():
+        assert "build" not in service or service["build"]["args"]["REVISION"] == "${REVISION:-unknown}"
+    documented = re.findall(r"REVISION=\$\((.*)\)", (ROOT / "docs" / "clusters.md").read_text())
+    recorded = ["git", "describe", "--always", "--dirty", "--abbrev=12"]  # by pipeline/run.py
+    assert [command.split() for command in documented] == [recorded, recorded]
 
 
 def test_only_what_the_image_needs_is_sent_to_the_builder() -> None:
@@ -83,6 +96,18 @@ def test_docker_compose_accepts_the_file_only_with_every_secret() -> None:
         assert name in refused.stderr
 
 
+def test_prefect_may_write_where_compose_has_it_put_its_ui(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = COMPOSE["prefect-server"]
+    for name, value in server["environment"].items():
+        monkeypatch.setenv(name, value)
+    folder = ServerUISettings().static_directory
+    assert folder is not None
+    [home] = re.findall(r"HOME=(\S+)", DOCKERFILE)
+    assert Path(folder).parent == Path(home)
+    assert "useradd --uid 1000 --gid 1000 --create-home" in DOCKERFILE
+    assert (server["user"], "read_only" in server) == ("1000:1000", False)
+
+
 def test_every_kubernetes_object_fits_its_schema(objects: list[Object], ray: Object) -> None:
     for each in objects:
         if each["kind"] != "RayCluster":
@@ -101,6 +126,10 @@ def test_ray_accepts_the_file_for_ray_up() -> None:
     assert types["gpu"]["resources"]["GPU"] == 1
     assert (types["gpu"]["min_workers"], types["head"]["max_workers"]) == (0, 0)
     assert sum(each.get("max_workers", 0) for each in types.values()) == config["max_workers"]
+    assert [config[f"{whose}setup_commands"] for whose in ("", "head_", "worker_")] == [[], [], []]
+    profiles = {name: each["node_config"]["IamInstanceProfile"]["Name"] for name, each in types.items()}
+    # The head alone may start machines.
+    assert profiles == {"head": "lenet-ray-head", "cpu": "lenet-ray", "gpu": "lenet-ray"}
 
 
 def test_containers_are_not_root_and_have_limits(pods: list[Object], ray: Object) -> None:
@@ -137,18 +166,33 @@ def test_no_file_holds_a_secret_or_names_a_registry(objects: list[Object], pods:
             assert not re.search(r"pypi|pythonhosted|pytorch\.org|docker\.io|ghcr|quay", text), file
 
 
-def test_the_network_is_closed_but_for_what_is_named(objects: list[Object]) -> None:
+def test_the_network_is_closed_but_for_what_is_named(objects: list[Object], ray: Object) -> None:
     rules = {each["metadata"]["name"]: each["spec"] for each in objects if each["kind"] == "NetworkPolicy"}
     assert rules["deny-all"] == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
     into = {name: spec["ingress"] for name, spec in rules.items() if "ingress" in spec}
-    assert set(into) == {"ray", "ray-jobs"}
+    assert set(into) == {"ray", "ray-jobs", "ray-metrics"}
     assert [port["port"] for port in into["ray-jobs"][0]["ports"]] == [Stack().dashboard_port]
+    [metrics] = into["ray-metrics"]
+    assert metrics["from"] == [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}]
+    assert metrics["ports"] == [{"protocol": "TCP", "port": 8080}]
+    assert rules["ray-metrics"]["podSelector"]["matchLabels"] == {"ray.io/cluster": ray["metadata"]["name"]}
     (worker,) = (each for each in objects if each["kind"] == "Deployment")
     labels = worker["spec"]["template"]["metadata"]["labels"].items()
     for selector in (into["ray-jobs"][0]["from"][0]["podSelector"], rules["prefect-worker"]["podSelector"]):
         assert selector["matchLabels"].items() <= labels
     accounts = {each["metadata"]["name"]: each for each in objects if each["kind"] == "ServiceAccount"}
     assert [name for name, each in accounts.items() if each["automountServiceAccountToken"]] == ["lenet-ray"]
+
+
+def test_pods_ask_for_names_wherever_a_cluster_may_answer(objects: list[Object]) -> None:
+    [names] = [each["spec"] for each in objects if each["metadata"]["name"] == "names"]
+    [rule] = names["egress"]
+    # NodeLocal DNSCache, and Cloud DNS on GKE, beside the pods of most clusters.
+    assert {peer["ipBlock"]["cidr"] for peer in rule["to"] if "ipBlock" in peer} == {
+        "169.254.20.10/32", "169.254.169.254/32"
+    }  # fmt: skip
+    assert {"k8s-app": "kube-dns"} in [peer.get("podSelector", {}).get("matchLabels") for peer in rule["to"]]
+    assert [(port["protocol"], port["port"]) for port in rule["ports"]] == [("UDP", 53), ("TCP", 53)]
 
 
 def test_pods_reach_every_mirror_of_the_catalogue(objects: list[Object]) -> None:

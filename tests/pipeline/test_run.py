@@ -140,6 +140,14 @@ def test_the_record_names_the_code_and_the_packages(tmp_path: Path) -> None:
     assert (record.parameters["epochs"], record.parameters["lr"]) == (10, 0.9)  # not "the recipe's own"
 
 
+def test_the_code_is_what_the_image_says_where_there_is_no_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LENET_REVISION", "0123456789ab")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert run.versions()["code"] == "0123456789ab"
+    monkeypatch.delenv("LENET_REVISION")
+    assert run.versions()["code"] == "unknown"
+
+
 def test_a_dataset_in_the_store_is_neither_fetched_nor_written_again(tmp_path: Path, fashion_mnist: Source) -> None:
     config = run.begin(config_of({"storage": str(tmp_path), "source": str(fashion_mnist.folder)}), "r")
     assert run.outcome("download", config) is None
