@@ -10,6 +10,7 @@ from pipeline.errors import DataError
 from pipeline.evaluate import load_model
 from pipeline.progress import OnEpoch, OnNow
 from pipeline.publish import find_run
+from pipeline.record import RunDataset, dataset_of, keep_dataset, read_record
 from pipeline.storage import Store
 from pipeline.train import find_training, staging
 
@@ -43,23 +44,23 @@ def reproduce(
     training = find_training(store, run_id)
     if training is None:
         raise DataError(f"{store.locate(staging(run_id))}: no finished training; lenet runs lists the runs")
-    record = run.read_record(store, run_id)
+    record = read_record(store, run_id)
     again = f"{run_id[: NAME_LENGTH - 15]}-again-{uuid.uuid4().hex[:8]}"
-    given = record.given() | {
+    given = run.parameters_of(record) | {
         "storage": store.url,
         "run_id": again,
         "workers": training.world_size,
         "ray_address": ray_address,
     }
     try:
-        if dataset := run.dataset_of(store, run_id) or _published_dataset(store, run_id):
-            run.keep_dataset(store, again, dataset)  # so it is read from the store, whatever has become of the source
+        if dataset := dataset_of(store, run_id) or _published_dataset(store, run_id):
+            keep_dataset(store, again, dataset)  # so it is read from the store, whatever has become of the source
         config = run.begin(config_of(given, run.RunConfig), again)
         manifest = run.shard(config, run.download(config))
         second = run.train(config, manifest, on_epoch, on_now)
         one = load_model(store, training.candidate, training.candidate_sha256).state_dict()
         other = load_model(store, second.candidate, second.candidate_sha256).state_dict()
-        now = run.read_record(store, again)
+        now = read_record(store, again)
     finally:
         store.delete(staging(again))
     before = record.versions | record.lineage
@@ -77,9 +78,9 @@ def reproduce(
     )
 
 
-def _published_dataset(store: Store, run_id: str) -> run.RunDataset | None:
+def _published_dataset(store: Store, run_id: str) -> RunDataset | None:
     """Of runs of before they kept it, what was published says it."""
     published = find_run(store, run_id)
     if published is None or not published.dataset_folder:
         return None
-    return run.RunDataset(folder=published.dataset_folder, digest=published.dataset_digest)
+    return RunDataset(folder=published.dataset_folder, digest=published.dataset_digest)

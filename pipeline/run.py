@@ -1,22 +1,16 @@
-"""One run: its configuration, its record, and the steps from a source to a published model and perhaps a champion.
+"""One run: its configuration, and the steps from a source to a published model and perhaps a champion.
 
 Each step is safe to repeat: it finds what an earlier attempt finished and goes on from there.
 """
 
 import contextlib
-import importlib.metadata
 import logging
-import os
-import platform
-import subprocess
 from datetime import datetime
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import psutil
-import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 import pipeline.cluster
 import pipeline.download
@@ -32,7 +26,7 @@ from pipeline import imports
 from pipeline.artifacts import encode_onnx
 from pipeline.catalog import CATALOG
 from pipeline.cluster import ClusterConfig, check_cluster, run_on_ray
-from pipeline.documents import find_document, keep_document, read_document
+from pipeline.documents import find_document, keep_document
 from pipeline.download import check_source
 from pipeline.errors import ConfigError
 from pipeline.evaluate import Evaluation, Exported
@@ -42,6 +36,16 @@ from pipeline.progress import Now, OnEpoch, OnNow
 from pipeline.promotion import Comparison, PromoteConfig
 from pipeline.publish import Published
 from pipeline.recipe import TrainConfig, TuneConfig, encode_recipe
+from pipeline.record import (
+    RunDataset,
+    RunRecord,
+    dataset_of,
+    keep_dataset,
+    keep_record,
+    lineage,
+    read_record,
+    versions,
+)
 from pipeline.sharding import ShardConfig, dataset_folder, run_in_threads, write_shards
 from pipeline.shards import Manifest, find_manifest, require_manifest, verify_shards
 from pipeline.source import SourceConfig, open_source
@@ -65,7 +69,6 @@ MAY_CHANGE = {
 RAY_FROM_BYTES = 2**30
 # With more, imports for later have a core to themselves while workers start; a GPU may be done before they are.
 FEW_CORES = 4
-RECORDED_PACKAGES = ("lenet-pipeline", "torch", "torchvision", "ray", "pyarrow", "prefect", "s3fs", "numpy")
 
 
 class DataConfig(StorageConfig, ShardConfig, SourceConfig):
@@ -91,44 +94,14 @@ class TuneRunConfig(TuneConfig, ClusterConfig, TrainConfig, DataConfig):
     )
 
 
-class RunRecord(BaseModel):
-    """What a run was begun with, kept in the store: parameters, the versions of all that computes, and where from."""
-
-    model_config = ConfigDict(frozen=True)
-
-    parameters: dict[str, Any]
-    versions: dict[str, str]
-    lineage: dict[str, str] = {}
-
-    def given(self) -> dict[str, Any]:
-        """The parameters that there are today, but for a recipe's file: its values are here, and it may be gone."""
-        return {
-            name: value
-            for name, value in self.parameters.items()
-            if name in RunConfig.model_fields and (name != "recipe" or value in RECIPES)
-        }
-
-
-class RunDataset(BaseModel):
-    """The version of a dataset, by its digest, that a run is about, and the key of the folder that it is in.
-
-    A run keeps to it, whatever becomes of the source: it might have test images that the run was trained on.
-    """
-
-    model_config = ConfigDict(frozen=True)
-
-    folder: str
-    digest: str
-
-
-def dataset_of(store: Store, run_id: str | None) -> RunDataset | None:
-    """What the run is about; None while that has not been decided."""
-    return None if run_id is None else find_document(store, f"{staging(run_id)}/dataset.json", RunDataset)
-
-
-def keep_dataset(store: Store, run_id: str, dataset: RunDataset) -> RunDataset:
-    """Decide it, if it has not been decided; what it is."""
-    return keep_document(store, f"{staging(run_id)}/dataset.json", dataset)
+def parameters_of(record: RunRecord) -> dict[str, Any]:
+    """Of a run's parameters those that there are today, but for a recipe's file: its values are among them, and it may
+    be gone."""
+    return {
+        name: value
+        for name, value in record.parameters.items()
+        if name in RunConfig.model_fields and (name != "recipe" or value in RECIPES)
+    }
 
 
 def check(config: RunConfig) -> Store:
@@ -151,18 +124,12 @@ def begin(config: RunConfig, run_id: str) -> RunConfig:
     """
     config = config.model_copy(update={"run_id": run_id})
     store = check(config)
-    key = f"{staging(run_id)}/run.json"
     parameters = config.model_dump(mode="json") | config.spelled_out()
     record = RunRecord(parameters=parameters, versions=versions(), lineage=lineage())
-    begun = keep_document(store, key, record)
+    begun = keep_record(store, run_id, record)
     _require_same(begun.parameters, record.parameters)
     log.info("%s", run_id)
     return config
-
-
-def read_record(store: Store, run_id: str) -> RunRecord:
-    """What the run was begun with."""
-    return read_document(store, f"{staging(run_id)}/run.json", RunRecord)
 
 
 def download(config: DataConfig) -> Path | None:
@@ -365,31 +332,3 @@ def _require_same(begun: dict[str, Any], now: dict[str, Any]) -> None:
                 f"run {now['run_id']} was begun with {begun[name]!r}",
                 "keep that, or use another run_id",
             )
-
-
-def versions() -> dict[str, str]:
-    """Of this code, of Python and of the packages that results depend on."""
-    packages = {name: importlib.metadata.version(name) for name in RECORDED_PACKAGES}
-    return {"code": _commit(), "python": platform.python_version(), **packages}
-
-
-def lineage() -> dict[str, str]:
-    """What else the result may depend on: the locked set of packages (sha256 of the lock, hex) and the machine."""
-    lock = Path(__file__).parents[1] / "requirements.lock"
-    memory = psutil.virtual_memory().total / 2**30
-    return {
-        "lock": sha256(lock.read_bytes()) if lock.is_file() else "unknown",
-        "hardware": f"{platform.machine()}, {psutil.cpu_count()} CPUs with {torch.backends.cpu.get_cpu_capability()}, "
-        f"{memory:.0f} GiB, {torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU'}",
-        "system": platform.platform(),
-    }
-
-
-def _commit() -> str:
-    """The commit this code runs from, with -dirty if it was changed since; outside a git checkout
-    LENET_REVISION, which our image sets, or unknown."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return os.environ.get("LENET_REVISION") or "unknown"

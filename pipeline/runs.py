@@ -10,8 +10,8 @@ from pipeline.checkpoint import EpochMetrics
 from pipeline.documents import read_document
 from pipeline.progress import ENDED, PROGRESS
 from pipeline.publish import find_run, read_report
+from pipeline.record import read_record
 from pipeline.report import Report
-from pipeline.run import read_record
 from pipeline.storage import Store
 from pipeline.train import staging
 

@@ -19,9 +19,10 @@ from pipeline.index import INDEX, read_entries, write_index
 from pipeline.predictions import read_predictions
 from pipeline.promotion import PromoteConfig
 from pipeline.publish import find_run, read_latest, verify_run
+from pipeline.record import RunRecord, read_record
 from pipeline.registry import open_model, promote, promote_by_hand, register
 from pipeline.retention import Plan, RetentionConfig, RunFacts, gather, plan, remove, retain
-from pipeline.run import RunConfig, RunRecord, read_record
+from pipeline.run import RunConfig
 from pipeline.run import promote as register_and_promote
 from pipeline.run import publish as publish_again
 from pipeline.runs import list_runs

@@ -13,6 +13,7 @@ from pipeline import run
 from pipeline.config import config_of as checked
 from pipeline.errors import ConfigError, DataError
 from pipeline.recipe import encode_recipe, varied
+from pipeline.record import read_record, versions
 from pipeline.run import RunConfig
 from pipeline.shards import Manifest
 from pipeline.source import Source
@@ -126,15 +127,15 @@ def test_the_record_has_all_of_a_recipe_whose_file_is_gone(tmp_path: Path) -> No
     config = run.begin(config_of({"storage": str(tmp_path), "recipe": str(file), "epochs": 5}), "r")
     before = config.resolved()
     file.unlink()
-    given = run.read_record(open_store(str(tmp_path)), "r").given()
+    given = run.parameters_of(read_record(open_store(str(tmp_path)), "r"))
     assert varied(config_of(given).resolved(), {"name": before.name}) == before
     run.begin(config_of({"storage": str(tmp_path), "recipe": "modern"}), "other")
-    assert run.read_record(open_store(str(tmp_path)), "other").given()["recipe"] == "modern"
+    assert run.parameters_of(read_record(open_store(str(tmp_path)), "other"))["recipe"] == "modern"
 
 
 def test_the_record_names_the_code_and_the_packages(tmp_path: Path) -> None:
     run.begin(config_of({"storage": str(tmp_path)}), "r")
-    record = run.read_record(open_store(str(tmp_path)), "r")
+    record = read_record(open_store(str(tmp_path)), "r")
     assert {"code", "python", "torch", "ray", "prefect"} <= record.versions.keys()
     assert record.parameters["run_id"] == "r"
     assert (record.parameters["epochs"], record.parameters["lr"]) == (10, 0.9)  # not "the recipe's own"
@@ -143,9 +144,9 @@ def test_the_record_names_the_code_and_the_packages(tmp_path: Path) -> None:
 def test_the_code_is_what_the_image_says_where_there_is_no_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LENET_REVISION", "0123456789ab")
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert run.versions()["code"] == "0123456789ab"
+    assert versions()["code"] == "0123456789ab"
     monkeypatch.delenv("LENET_REVISION")
-    assert run.versions()["code"] == "unknown"
+    assert versions()["code"] == "unknown"
 
 
 def test_a_dataset_in_the_store_is_neither_fetched_nor_written_again(tmp_path: Path, fashion_mnist: Source) -> None:

@@ -11,7 +11,7 @@ from tensorboardX.record_writer import masked_crc32c
 from pipeline.errors import DataError
 from pipeline.progress import ENDED, PROGRESS
 from pipeline.publish import EVENTS
-from pipeline.run import RunRecord
+from pipeline.record import RunRecord
 from pipeline.runs import compare_runs, list_runs
 from pipeline.storage import Store
 from pipeline.train import staging
