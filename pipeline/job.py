@@ -1,8 +1,8 @@
 """What runs on the head of a Ray cluster as a job: `python -m pipeline.job REQUEST`, submitted by pipeline/jobs.py.
 
-The request is JSON: which work, to train or to predict; its parameters; for a training, the folder of its dataset in
-the store; and the versions of where it was begun, which have to be those of this machine. What a failure says is the
-last line of the output, as JSON.
+The request is JSON: which work, to train or to predict; its parameters; the job's name; for a training, the folder of
+its dataset in the store; and the versions of where it was begun, which have to be those of this machine. What a failure
+says is the last line of the output, as JSON.
 """
 
 import json
@@ -39,7 +39,8 @@ def main(argument: str) -> None:
         else:
             config = config_of(parameters, RunConfig)
             store = open_store(config.storage)
-            fit(store, str(config.run_id), require_manifest(store, asked["dataset"]), config, config, config)
+            manifest = require_manifest(store, asked["dataset"])
+            fit(store, str(config.run_id), manifest, config, config, config, job=asked["job"])
     except PipelineError as error:
         _end(error, error.exit_code)
     except Terminated as error:

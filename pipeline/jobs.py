@@ -52,15 +52,15 @@ Result = TypeVar("Result")
 class Work(Generic[Result]):
     """What a job does. Its name is that of no other work on the cluster; `asked` is what pipeline/job.py takes.
 
-    `find` is what it has left in the store, None before it has finished. `ask_stop` lets it end by itself, for which it
-    has STOP_S; `followed` is what goes on here meanwhile.
+    `find` is what it has left in the store, None before it has finished. `ask_stop` lets this job end by itself, for
+    which it has STOP_S, and says whether it can; `followed` is what goes on here meanwhile.
     """
 
     name: str
     asked: dict[str, Any]
     metadata: dict[str, str]
     find: Callable[[], Result | None]
-    ask_stop: Callable[[], None] | None = None
+    ask_stop: Callable[[str], bool] = lambda job: False
     followed: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
 
 
@@ -182,7 +182,7 @@ def training(
         asked={"work": "train", "parameters": parameters, "dataset": dataset, "versions": versions()},
         metadata={"run_id": run_id, "storage": store.url},
         find=lambda: find_training(store, run_id),
-        ask_stop=lambda: ask_to_stop(store, lease_key(staging(run_id))),
+        ask_stop=lambda job: ask_to_stop(store, lease_key(staging(run_id)), job),
         followed=lambda: followed(store, staging(run_id), on_epoch, on_now),
     )
 
@@ -223,12 +223,12 @@ def _submit(client: Client, work: Work[Any]) -> str:
     jobs = _jobs(client, work)
     if other := _running(jobs):
         return other
-    number = 1 + max(jobs, default=0)  # not their count: any of them may have been deleted
+    name = f"{work.name}-{1 + max(jobs, default=0)}"  # not their count: any of them may have been deleted
     package = Path(__file__).parents[1]
     try:
         job: str = client.submit_job(
-            entrypoint=f"python -m pipeline.job {shlex.quote(json.dumps(work.asked))}",
-            submission_id=f"{work.name}-{number}",
+            entrypoint=f"python -m pipeline.job {shlex.quote(json.dumps(work.asked | {'job': name}))}",
+            submission_id=name,
             runtime_env={"py_modules": [str(package / name) for name in CODE]},
             metadata=work.metadata,
         )
@@ -295,8 +295,7 @@ def _stop(client: Client, work: Work[Any], job: str) -> None:
     log.warning("stopping job %s", job)
     with contextlib.suppress(Vanished):
         try:
-            if work.ask_stop is not None:
-                work.ask_stop()
+            if work.ask_stop(job):
                 give_up = time.monotonic() + STOP_S
                 while time.monotonic() < give_up and not client.get_job_status(job).is_terminal():
                     time.sleep(POLL_S / 2)

@@ -68,7 +68,8 @@ def _started(pid: int) -> float:
 
 
 class Lease(BaseModel):
-    """Who trains the run. `token` grows with each holder; `stop` asks its workers to end with a checkpoint.
+    """Who trains the run, and as which Ray job, if as one. `token` grows with each holder; `stop` asks its workers to
+    end with a checkpoint.
 
     `name` differs with every attempt to take the lease, as `Store.replace` wants of writers.
     """
@@ -77,6 +78,7 @@ class Lease(BaseModel):
 
     token: int
     holder: Process | None
+    job: str | None = None
     name: str = Field(default_factory=lambda: uuid.uuid4().hex)
     beat: int = 0
     stop: bool = False
@@ -165,17 +167,20 @@ def read_lease(store: Store, key: str) -> Lease | None:
     return find_document(store, key, Lease)
 
 
-def ask_to_stop(store: Store, key: str) -> None:
-    """Ask whoever holds the lease, from any machine, to end with a checkpoint."""
-    while (lease := read_lease(store, key)) is not None and lease.holder is not None and not lease.stop:
-        if store.replace(key, lease.model_copy(update={"stop": True}).encode(), expected=lease.encode()):
-            return
+def ask_to_stop(store: Store, key: str, job: str | None) -> bool:
+    """Ask the holder of the lease, from any machine, to end with a checkpoint, if it is this job, or none; whether it
+    is."""
+    while (lease := read_lease(store, key)) is not None and lease.holder is not None and lease.job == job:
+        stopping = lease.model_copy(update={"stop": True})
+        if lease.stop or store.replace(key, stopping.encode(), expected=lease.encode()):
+            return True
+    return False
 
 
 @contextlib.contextmanager
-def held(store: Store, key: str, finished: Callable[[], bool]) -> Iterator[Hold | None]:
+def held(store: Store, key: str, finished: Callable[[], bool], job: str | None = None) -> Iterator[Hold | None]:
     """Hold the lease while the block runs, once nobody else does. None if the work has meanwhile finished."""
-    lease = _take(store, key, finished)
+    lease = _take(store, key, finished, job)
     if lease is None:
         yield None
         return
@@ -186,7 +191,7 @@ def held(store: Store, key: str, finished: Callable[[], bool]) -> Iterator[Hold 
         hold.give_back()
 
 
-def _take(store: Store, key: str, finished: Callable[[], bool]) -> Lease | None:
+def _take(store: Store, key: str, finished: Callable[[], bool], job: str | None) -> Lease | None:
     seen: bytes | None = None
     unchanged_since = looked = time.monotonic()
     while not finished():
@@ -201,7 +206,7 @@ def _take(store: Store, key: str, finished: Callable[[], bool]) -> Lease | None:
             seen, unchanged_since = current, time.monotonic()
         expired = time.monotonic() - unchanged_since > EXPIRES_S
         if lease is None or lease.holder is None or expired or lease.holder.is_dead():
-            mine = Lease(token=1 + (lease.token if lease else 0), holder=Process.current())
+            mine = Lease(token=1 + (lease.token if lease else 0), holder=Process.current(), job=job)
             if store.replace(key, mine.encode(), expected=current):
                 return mine
             continue

@@ -73,18 +73,19 @@ def fit(
     load: LoadConfig,
     on_epoch: OnEpoch = lambda epoch: None,
     on_now: OnNow = lambda now: None,
+    job: str | None = None,
 ) -> Training:
     """Train to the last epoch, from the run's last checkpoint if it has one, and store the candidate's weights.
 
     `on_epoch` is called in this process soon after each epoch, for restored epochs too, and `on_now` every two
-    seconds. While another process trains this run, it is waited for and followed. Raises ConfigError or ClusterError
-    when the workers cannot be had, StorageError or TrainingError when training fails for good, Terminated when SIGTERM
-    has ended it, with a checkpoint.
+    seconds. `job` is the Ray job that this process is, if it is one. While another process trains this run, it is
+    waited for and followed. Raises ConfigError or ClusterError when the workers cannot be had, StorageError or
+    TrainingError when training fails for good, Terminated when SIGTERM has ended it, with a checkpoint.
     """
     while (done := find_training(store, run_id)) is None:
         with (
             followed(store, staging(run_id), on_epoch, on_now),
-            held(store, lease_key(staging(run_id)), lambda: find_training(store, run_id) is not None) as hold,
+            held(store, lease_key(staging(run_id)), lambda: find_training(store, run_id) is not None, job) as hold,
         ):
             if hold is not None:
                 _train(store, run_id, manifest, config, cluster, load, hold)

@@ -100,7 +100,7 @@ def test_a_head_that_came_back_with_another_token_is_one_line(monkeypatch: pytes
 
 
 def test_a_job_is_stopped_where_the_store_cannot_ask_it_to_end(address: str) -> None:
-    def unreachable() -> None:
+    def unreachable(job: str) -> bool:
         raise StorageError("away")
 
     work: jobs.Work[None] = jobs.Work("lenet-away", {}, {}, find=lambda: None, ask_stop=unreachable)

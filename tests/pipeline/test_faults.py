@@ -203,7 +203,7 @@ def test_asked_to_stop_a_training_of_one_step_an_epoch_ends_with_a_checkpoint(
     store: Store, manifest: Manifest, cluster: Cluster
 ) -> None:
     config = RUN.model_copy(update={"global_batch_size": 600, "epochs": 500})
-    on_epoch, _ = once_after(1, lambda: ask_to_stop(store, lease_key(staging("one-step"))))
+    on_epoch, _ = once_after(1, lambda: ask_to_stop(store, lease_key(staging("one-step")), None))
     with pytest.raises(Terminated):
         fit(store, "one-step", manifest, config, ClusterConfig(workers=1, gpu="no"), LoadConfig(), on_epoch)
     assert positions(store, "one-step")
@@ -219,7 +219,7 @@ def test_asked_to_stop_while_no_worker_can_be_placed_it_ends(
 
     def ask() -> None:
         wait_for(lambda: store.exists(key))
-        ask_to_stop(store, key)
+        ask_to_stop(store, key, None)
 
     pool = ThreadPoolExecutor(1)
     pool.submit(ask)

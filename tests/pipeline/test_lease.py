@@ -152,10 +152,13 @@ def test_workers_hear_of_the_end_and_of_another_holder(store: Store) -> None:
 
 
 def test_anybody_can_ask_for_the_end_and_the_holder_keeps_its_lease(store: Store) -> None:
-    ask_to_stop(store, KEY)  # of nobody
-    with held(store, KEY, never) as hold:
+    assert not ask_to_stop(store, KEY, "a job")  # of nobody
+    with held(store, KEY, never, "a job") as hold:
         assert hold is not None
-        ask_to_stop(store, KEY)
+        assert not ask_to_stop(store, KEY, "another, which waits")
+        assert not hold.superseded()
+        assert not read_lease(store, KEY).stop  # type: ignore[union-attr]
+        assert ask_to_stop(store, KEY, "a job")
         wait_until(lambda: hold.stop_asked)
         assert Watchman(store, KEY, 1).look() == "stop"
         time.sleep(0.3)  # and it is not forgotten with the next beats
