@@ -7,12 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from cyclopts import App
-from rich.console import Console
 from rich.table import Table
 
-from flows.options import DEFAULT_STORAGE, Storage, option
+from flows.options import DEFAULT_STORAGE, Storage, option, plain_console
 from flows.parameters import with_parameters
-from flows.runs import plain_console
 from pipeline.catalog import CATALOG
 from pipeline.config import config_of
 from pipeline.contact import contact_sheet, render_html, render_png
@@ -121,7 +119,7 @@ def _describe(manifest: Manifest) -> None:
     for number, name in enumerate(manifest.classes):
         table.add_row(name, *(f"{report.class_counts[split][number]:,}" for split in manifest.splits))
     table.add_row("all", *(f"{manifest.rows(split):,}" for split in manifest.splits))
-    console = Console(highlight=False, markup=False)
+    console = plain_console()
     console.print(table)
     console.print(f"training pixels: mean {report.pixel_mean:.4f}, standard deviation {report.pixel_std:.4f}")
     for split, count in report.duplicates.items():

@@ -14,9 +14,8 @@ import pipeline.reproduce
 import pipeline.retention
 import pipeline.verify
 from flows.display import Display, Lasting
-from flows.options import DEFAULT_STORAGE, Storage, option
+from flows.options import DEFAULT_STORAGE, Storage, option, plain_console
 from flows.parameters import with_parameters
-from flows.runs import plain_console
 from pipeline.config import config_of
 from pipeline.errors import DataError
 from pipeline.index import INDEX, refresh_index, write_index

@@ -1,16 +1,13 @@
 """`lenet runs`: the runs in a store, and how two of them differ."""
 
 from cyclopts import App
-from rich.console import Console
 from rich.table import Table
 
-from flows.options import DEFAULT_STORAGE, Storage
+from flows.options import DEFAULT_STORAGE, Storage, plain_console
 from pipeline.runs import compare_runs, list_runs
 from pipeline.storage import open_store
 
 runs = App(name="runs", help="Runs: what state each is in, and how two differ.")
-
-PIPE_WIDTH = 240
 
 
 @runs.default
@@ -44,12 +41,3 @@ def compare(first: str, second: str, *, storage: Storage = DEFAULT_STORAGE) -> N
     for difference in compare_runs(open_store(storage), first, second):
         table.add_row(difference.what, str(difference.first), str(difference.second))
     plain_console().print(table if table.row_count else "the runs do not differ", soft_wrap=True)
-
-
-def plain_console() -> Console:
-    """As wide as the terminal; where there is none, wide enough that a run stays on its line. Names of classes are
-    anybody's text, and no markup."""
-    console = Console(highlight=False, markup=False, emoji=False)
-    if not console.is_terminal:
-        console.width = PIPE_WIDTH
-    return console
