@@ -28,6 +28,7 @@ from pipeline.idx import IdxWriter, open_idx, read_pair
 from pipeline.order import Rows, hold_out, permutation
 from pipeline.own import (
     BATCH,
+    THREADS,
     Batch,
     Found,
     SourceFile,
@@ -55,7 +56,6 @@ from pipeline.tables import find_tables
 
 log = logging.getLogger(__name__)
 
-THREADS = min(8, os.cpu_count() or 1)
 SHUFFLE = 1  # the stream of random numbers for the order of rows, next to hold_out's
 ACCEPTED = (
     "a source is a folder with <class>/*.png (or .jpg), alone or in train/ and test/, with *.parquet, or with "

@@ -23,9 +23,9 @@ from pydantic import BaseModel, ConfigDict
 
 from pipeline.errors import ConfigError, DataError, StorageError, first_line
 from pipeline.idx import Pixels
-from pipeline.own import check_inside, shown
+from pipeline.own import THREADS, check_inside, shown
 from pipeline.pictures import SUFFIXES
-from pipeline.predict import THREADS, Invert, prepare_batch
+from pipeline.predict import Invert, prepare_batch
 from pipeline.storage import LocalStore, Store, open_store
 from pipeline.tables import IMAGES_ACCEPTED, is_encoded, is_raw
 

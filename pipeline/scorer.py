@@ -25,7 +25,8 @@ from pipeline.cluster import ClusterConfig, placeable, ray_session
 from pipeline.errors import ClusterError, DataError, StorageError
 from pipeline.feed import Feed, Slice, Unit, read_unit
 from pipeline.metrics import Logits
-from pipeline.predict import THREADS, Invert, probabilities
+from pipeline.own import THREADS
+from pipeline.predict import Invert, probabilities
 from pipeline.registry import Served
 from pipeline.storage import LocalStore, Store, sha256
 
