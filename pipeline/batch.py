@@ -174,7 +174,7 @@ def _content(config: PredictConfig, served: Served, feed: Feed) -> str:
 def _work(output: Store, config: PredictConfig, served: Served, content: str) -> jobs.Work[BatchManifest]:
     """The same by the same model as a job, which has a working directory of its own."""
     places = {
-        name: place if "://" in place else str(Path(place).absolute())
+        name: place if "://" in place else str(Path(place).expanduser().absolute())
         for name, place in {"source": config.source, "output": output.url, "model": served.url}.items()
     }
     return jobs.Work(

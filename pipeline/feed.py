@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import unquote
 
 import numpy as np
 import numpy.typing as npt
@@ -178,6 +179,7 @@ def _list(source: str) -> tuple[Store, bool, Iterator[_File]]:
     try:
         parent, slash, name = source.rstrip("/").rpartition("/")
         pattern = any(sign in name for sign in "*?")
+        name = unquote(name) if source.startswith("file:") else name  # as open_store does of what is above
         whole = parent.endswith(":/")  # a bucket
         above = open_store(parent or slash or ".", "source") if not whole and (pattern or "." in name) else None
         if above is not None and (pattern or above.exists(name)):

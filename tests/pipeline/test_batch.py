@@ -16,7 +16,7 @@ from PIL import Image
 
 from lenet.model import LeNet
 from pipeline import scorer
-from pipeline.batch import PredictConfig, predict_batch, read_manifest, render_batch
+from pipeline.batch import PredictConfig, _work, predict_batch, read_manifest, render_batch
 from pipeline.cluster import ClusterConfig, ray_session
 from pipeline.errors import ConfigError, DataError, PipelineError
 from pipeline.feed import find_feed
@@ -218,6 +218,14 @@ def test_what_others_keep_in_the_output_is_not_touched(
     with pytest.raises(ConfigError, match=f"^output=.*: it holds {theirs}, which is not ours; name another folder$"):
         predict_batch(config)
     assert output.keys("") == [theirs]
+
+
+def test_a_job_is_told_of_places_in_full(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has a working directory of its own, and perhaps a home."""
+    monkeypatch.setenv("HOME", "/home/me")
+    config = PredictConfig(source="~/photos", output="~/out", model=model, ray_address="http://127.0.0.1:8265")
+    asked = _work(open_store(config.output), config, open_model(model), "0" * 16).asked["parameters"]
+    assert (asked["source"], asked["output"]) == ("/home/me/photos", "file:///home/me/out")
 
 
 def test_a_job_that_broke_off_goes_on(

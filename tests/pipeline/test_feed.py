@@ -168,6 +168,18 @@ def test_a_source_in_either_store(store: Store, images: Pixels, pool: Executor) 
     assert source_digest(store.locate("in")) != found.digest
 
 
+def test_a_url_of_a_file_may_have_escapes_in_its_name(tmp_path: Path, images: Pixels) -> None:
+    folder = tmp_path / "my photos"
+    folder.mkdir()
+    for row, name in enumerate(("a b.png", "a c.png")):
+        (folder / name).write_bytes(png(images[row]))
+    for name, keys in (("a%20b.png", ("a b.png",)), ("a%20*.png", ("a b.png", "a c.png"))):
+        (unit,) = find_feed(f"{folder.as_uri()}/{name}", "image", 28).units
+        assert unit.keys == keys
+    (folder / "a%20b.png").write_bytes(png(images[2]))
+    assert find_feed(f"{folder}/a%20b.png", "image", 28).units[0].keys == ("a%20b.png",)
+
+
 def test_one_file_is_that_file_whatever_lies_beside_it(tmp_path: Path, images: Pixels) -> None:
     for row, name in enumerate(("a[1].png", "a1.png")):
         (tmp_path / name).write_bytes(png(images[row]))
