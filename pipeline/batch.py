@@ -233,6 +233,8 @@ def _publish(config: PredictConfig, job: Job, feed: Feed, predicted: Predicted) 
         except ConfigError:
             _forget(job)  # another job was quicker, and nobody will ever name these
             raise
+        if found is not None:
+            output.delete(job.receipts)  # written after the other had removed its own
         return found or manifest
     ours = {key.rpartition("/")[0] for key in _written(output) if CONTENT.fullmatch(key)}
     for left in ours - {job.folder}:

@@ -1,9 +1,11 @@
 """Proves, on a real Ray and a real S3 server, that a batch is predicted as each image alone would be, every image once,
 and that predictions are published whole or not at all."""
 
+import copy
 import io
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,11 +14,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
+import torch
 from PIL import Image
 
 from lenet.model import LeNet
 from pipeline import scorer
-from pipeline.batch import PredictConfig, _work, predict_batch, read_manifest, render_batch
+from pipeline.batch import PredictConfig, _content, _publish, _work, predict_batch, read_manifest, render_batch
 from pipeline.cluster import ClusterConfig, ray_session
 from pipeline.errors import ConfigError, DataError, PipelineError
 from pipeline.feed import find_feed
@@ -289,6 +292,44 @@ def test_a_process_writes_the_same_bytes_again_in_files_of_bounded_size(
         answers.append(Scorer(Job(feed.store, output, open_model(model), "image", "auto", "0" * 16)).answer(unit))
     assert answers[0] == answers[1]
     assert [part.rows for part in answers[0].parts] == [2_000, 1_000]
+
+
+def test_a_slower_job_of_the_same_leaves_what_is_published(
+    store: Store, model: str, small_manifest: Callable[[Store], Manifest]
+) -> None:
+    """On another kind of CPU, which differs in the last bits: here by other weights."""
+    source, output = store.locate(small_manifest(store).folder), open_store(f"{store.url}/out")
+    config = PredictConfig(source=source, output=output.url, model=model)
+    feed, served = find_feed(source, "image", 28), open_model(model)
+    job = Job(feed.store, output, served, "image", "auto", _content(config, served, feed))
+    nudged = copy.deepcopy(served.model)
+    with torch.no_grad():
+        for weights in nudged.parameters():
+            weights *= 1 + 1e-6
+    slower = replace(job, served=replace(served, model=nudged))
+
+    def predicted(job: Job) -> Predicted:
+        return Predicted([part for unit in feed.units for part in Scorer(job).answer(unit).parts], 1.0, feed.images)
+
+    elsewhere = replace(slower, output=open_store(f"{store.url}/elsewhere"))
+    other = predicted(elsewhere).parts
+    first = _publish(config, job, feed, predicted(job))
+    assert not {part.sha256 for part in first.parts} & {part.sha256 for part in other}
+    assert _publish(config, slower, feed, predicted(slower)) == first
+    assert len(rows_of(output)["path"]) == 800
+
+    # What is damaged is no work of another's: by its receipt, or because nobody could read it.
+    output.delete("manifest.json")
+    parts = predicted(job).parts
+    key = f"{job.folder}/{parts[0].name}"
+    output.put(key, elsewhere.output.read(key))
+    assert predicted(job).parts == parts
+    output.delete(job.receipts)
+    for damaged in (b"torn", output.read(f"{job.folder}/{parts[1].name}")):
+        output.put(key, damaged)
+        output.delete(job.receipts)
+        assert predicted(job).parts == parts
+    assert sha256(output.read(key)) == parts[0].sha256
 
 
 def test_other_work_on_ray_leaves_room_or_is_waited_for_in_vain(
