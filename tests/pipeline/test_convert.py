@@ -293,15 +293,22 @@ def test_a_split_that_gets_no_image_is_refused(own: Path, refused: Refused) -> N
     assert "no image left for the test split; add images, or change test_fraction" in refused(own)
 
 
-def test_memory_stays_small_whatever_the_size(tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", ["IDX", "Parquet"])
+def test_memory_stays_small_whatever_the_size(tmp_path: Path, form: str) -> None:
     """200,000 images are 157 MB; converting them takes less than 64 MB beyond what the imports take."""
     folder = tmp_path / "large"
     folder.mkdir()
     count = 200_000
-    with (folder / IMAGES["train"]).open("wb") as file:
-        file.write(struct.pack(">BBBB3I", 0, 0, 8, 3, count, 28, 28))
-        file.truncate(16 + count * 784)
-    (folder / LABELS["train"]).write_bytes(idx_bytes((np.arange(count) % 10).astype(np.uint8)))
+    labels = (np.arange(count) % 10).astype(np.uint8)
+    if form == "IDX":
+        with (folder / IMAGES["train"]).open("wb") as file:
+            file.write(struct.pack(">BBBB3I", 0, 0, 8, 3, count, 28, 28))
+            file.truncate(16 + count * 784)
+        (folder / LABELS["train"]).write_bytes(idx_bytes(labels))
+    else:
+        pixels = pa.FixedSizeBinaryArray.from_buffers(pa.binary(784), count, [None, pa.py_buffer(bytes(count * 784))])
+        whole = pa.table({"image": pixels, "label": labels})
+        pq.write_table(whole, folder / "x.parquet", row_group_size=count, compression="none", use_dictionary=False)
     script = f"""
         from pathlib import Path
         from pipeline.download import SourceConfig, fetch
