@@ -3,6 +3,7 @@
 import io
 import os
 import re
+import tracemalloc
 from collections.abc import Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 from PIL import Image
 
 from pipeline import feed, predict
-from pipeline.errors import ConfigError, DataError
+from pipeline.errors import ConfigError, DataError, StorageError
 from pipeline.feed import _list, find_feed, read_column, read_unit, source_digest
 from pipeline.idx import Pixels
 from pipeline.storage import Store
@@ -119,6 +120,23 @@ def test_units_are_row_groups_and_have_every_row_once(
     assert where == {("a.PARQUET", row) for row in range(110)} | {("b/x.parquet", row) for row in range(90)}
     every = np.concatenate([part.images for part in read])
     assert np.array_equal(every, np.concatenate([images[90:], images[:90]]))
+
+
+def test_a_row_group_is_not_in_memory_as_a_whole(tmp_path: Path, pool: Executor) -> None:
+    count = 50_000  # 39 MB
+    column = pa.FixedSizeBinaryArray.from_buffers(pa.binary(784), count, [None, pa.py_buffer(bytes(count * 784))])
+    options = {"row_group_size": count, "compression": "none", "use_dictionary": False}
+    pq.write_table(pa.table({"image": column}), tmp_path / "large.parquet", **options)
+    found = find_feed(str(tmp_path), "image", 28)
+    (unit,) = found.units
+    tracemalloc.start()
+    try:
+        read = [len(part.images) for part in read_unit(found.store, unit, "image", 28, "auto", pool)]
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert sum(read) == count
+    assert peak < 10 * 2**20
 
 
 def test_pictures_in_units(tmp_path: Path, images: Pixels, pool: Executor, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,6 +249,15 @@ def test_a_column_that_does_not_fit_is_refused(tmp_path: Path, column: pa.Array,
     with pytest.raises(DataError) as raised:
         find_feed(str(tmp_path), "image", 28)
     assert complaint in str(raised.value)
+
+
+def test_a_file_that_the_disk_does_not_give_is_not_torn(tmp_path: Path, images: Pixels, pool: Executor) -> None:
+    write(tmp_path / "x.parquet", images, 200)
+    found = find_feed(str(tmp_path), "image", 28)
+    (unit,) = found.units
+    (tmp_path / "x.parquet").unlink()
+    with pytest.raises(StorageError, match=r"x.parquet: cannot be read \(.*\); check the disk or server$"):
+        list(read_unit(found.store, unit, "image", 28, "auto", pool))
 
 
 def test_what_cannot_be_a_source_is_refused(tmp_path: Path, images: Pixels) -> None:
