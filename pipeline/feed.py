@@ -149,8 +149,13 @@ def read_column(values: Any, size: int, invert: Invert, pool: Executor) -> tuple
         start, stop = values.offset * size * size, (values.offset + len(values)) * size * size
         flat = np.frombuffer(values.buffers()[1] or b"", np.uint8)[start:stop]
     else:
-        flat = values.flatten().fill_null(0).to_numpy(zero_copy_only=False)
+        flat = values.flatten()
+        if flat.null_count:
+            holed = flat.is_null().to_numpy(zero_copy_only=False).reshape(-1, size * size).any(axis=1)
+            wrong |= {int(index): "a null pixel" for index in np.flatnonzero(good)[holed]}
+        flat = flat.fill_null(0).to_numpy(zero_copy_only=False)
     images[good] = flat.reshape(-1, size, size)
+    images[list(wrong)] = 0
     return images, dict(sorted(wrong.items()))
 
 

@@ -86,6 +86,11 @@ def test_what_is_no_image_is_told_of(images: Pixels, pool: Executor) -> None:
     found, bad = read_column(column, 28, "auto", pool)
     assert bad == {1: "3 pixels, not 28x28", 2: "null"}
     assert np.array_equal(found[0], images[0])
+    holed = pa.array([[1, 2, 3], [200] * 783 + [None], images[0].ravel().tolist(), [None] * 784], pa.list_(pa.uint8()))
+    found, bad = read_column(holed, 28, "auto", pool)
+    assert bad == {0: "3 pixels, not 28x28", 1: "a null pixel", 3: "a null pixel"}
+    assert np.array_equal(found[2], images[0])
+    assert not found[[0, 1, 3]].any()
     found, bad = read_column(pa.array([b"torn", png(images[1])]), 28, "auto", pool)
     assert bad == {0: "neither PNG nor JPEG"}
     assert np.array_equal(found[1], images[1])
