@@ -174,7 +174,7 @@ def _content(config: PredictConfig, served: Served, feed: Feed) -> str:
 def _work(output: Store, config: PredictConfig, served: Served, content: str) -> jobs.Work[BatchManifest]:
     """The same by the same model as a job, which has a working directory of its own."""
     places = {
-        name: place if "://" in place else str(Path(place).absolute())
+        name: place if "://" in place else str(Path(place).expanduser().absolute())
         for name, place in {"source": config.source, "output": output.url, "model": served.url}.items()
     }
     return jobs.Work(
@@ -233,6 +233,8 @@ def _publish(config: PredictConfig, job: Job, feed: Feed, predicted: Predicted) 
         except ConfigError:
             _forget(job)  # another job was quicker, and nobody will ever name these
             raise
+        if found is not None:
+            output.delete(job.receipts)  # written after the other had removed its own
         return found or manifest
     ours = {key.rpartition("/")[0] for key in _written(output) if CONTENT.fullmatch(key)}
     for left in ours - {job.folder}:

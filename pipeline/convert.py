@@ -28,6 +28,7 @@ from pipeline.idx import IdxWriter, open_idx, read_pair
 from pipeline.order import Rows, hold_out, permutation
 from pipeline.own import (
     BATCH,
+    THREADS,
     Batch,
     Found,
     SourceFile,
@@ -55,7 +56,6 @@ from pipeline.tables import find_tables
 
 log = logging.getLogger(__name__)
 
-THREADS = min(8, os.cpu_count() or 1)
 SHUFFLE = 1  # the stream of random numbers for the order of rows, next to hold_out's
 ACCEPTED = (
     "a source is a folder with <class>/*.png (or .jpg), alone or in train/ and test/, with *.parquet, or with "
@@ -138,7 +138,8 @@ def _find(config: SourceConfig, temporary: Path, pool: Executor) -> Found:
     root = config.path
     if root.is_file():
         return find_tables([SourceFile(root.name, root)], config, pool)
-    idx = {path.name: path for path in root.iterdir() if IDX_NAME.fullmatch(path.name)}
+    # Kaggle's MNIST unpacks to these files, and to folders of almost the same names that hold them again.
+    idx = {path.name: path for path in root.iterdir() if IDX_NAME.fullmatch(path.name) and path.is_file()}
     if idx:
         for path in idx.values():
             check_inside(path, root)
@@ -224,11 +225,12 @@ def _plain(file: Path, temporary: Path) -> Path:
 def _download(url: str, temporary: Path) -> list[SourceFile]:
     """The Parquet files below an s3:// URL, or the one it names, brought here under names of our own."""
     single = urlsplit(url).path.lower().endswith(".parquet")
-    store = open_store(url.rpartition("/")[0] if single else url)
-    keys = [url.rpartition("/")[2]] if single else [key for key in store.keys("") if key.lower().endswith(".parquet")]
+    above, _, name = url.rpartition("/")
+    store = open_store(above if single else url)
+    if single and not store.exists(name):  # a "folder" by that name, as Spark and Dask write them
+        single, store = False, open_store(url)
+    keys = [name] if single else [key for key in store.keys("") if key.lower().endswith(".parquet")]
     keys = [key for key in keys if not any(part.startswith(".") for part in PurePosixPath(key).parts)]
-    if single and not store.exists(keys[0]):
-        keys = []
     if not keys:
         raise DataError(f"{url}: holds no *.parquet; {ACCEPTED}")
     files = []

@@ -90,7 +90,9 @@ def _svg(plot: Callable[["Axes"], None], salt: str) -> str:
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    style: Any = {"svg.hashsalt": salt, "svg.fonttype": "none", "font.size": 11}
+    # On top of matplotlib's own values: with those of a user's matplotlibrc a page would be another one elsewhere.
+    own: dict[Any, Any] = {name: value for name, value in mpl.rcParamsDefault.items() if name != "backend"}
+    style = own | {"svg.hashsalt": salt, "svg.fonttype": "none", "font.size": 11}
     with mpl.rc_context(style):
         figure = Figure(figsize=(4.4, 3.2), layout="constrained")
         figure.patch.set_alpha(0)

@@ -3,6 +3,7 @@
 Only names are ever held for all of a source: of the pictures in a folder, or of Parquet files with their row groups.
 """
 
+import contextlib
 import fnmatch
 import hashlib
 import os
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import unquote
 
 import numpy as np
 import numpy.typing as npt
@@ -23,11 +25,11 @@ from pydantic import BaseModel, ConfigDict
 
 from pipeline.errors import ConfigError, DataError, StorageError, first_line
 from pipeline.idx import Pixels
-from pipeline.own import check_inside, shown
+from pipeline.own import THREADS, check_inside, shown
 from pipeline.pictures import SUFFIXES
-from pipeline.predict import THREADS, Invert, prepare_batch
+from pipeline.predict import Invert, prepare_batch
 from pipeline.storage import LocalStore, Store, open_store
-from pipeline.tables import IMAGES_ACCEPTED, is_encoded, is_raw
+from pipeline.tables import BUFFER, IMAGES_ACCEPTED, is_encoded, is_raw
 
 TABLE = ".parquet"
 ACCEPTED = f"a source is a folder or s3://bucket/prefix with {', '.join(SUFFIXES)} or {TABLE}, or one such file"
@@ -113,11 +115,10 @@ def read_unit(store: Store, unit: Unit, column: str, size: int, invert: Invert, 
     row = unit.first_row
     with _opened(store, key) as file:
         encoded = is_encoded(file.schema_arrow.field(column).type)
-        # Not read ahead: all of a row group would be in memory.
         batches = file.iter_batches(
             READ_PICTURES if encoded else READ_PIXELS, row_groups=list(unit.groups), columns=[column], use_threads=False
         )
-        for values in _explained(store, key, batches):
+        for values in _to_its_end(store, key, batches):
             images, bad = read_column(values.column(0), size, invert, pool)
             rows = np.arange(row, row + len(images), dtype=np.uint64)
             yield Slice([key] * len(images), rows, images, bad)
@@ -148,8 +149,13 @@ def read_column(values: Any, size: int, invert: Invert, pool: Executor) -> tuple
         start, stop = values.offset * size * size, (values.offset + len(values)) * size * size
         flat = np.frombuffer(values.buffers()[1] or b"", np.uint8)[start:stop]
     else:
-        flat = values.flatten().fill_null(0).to_numpy(zero_copy_only=False)
+        flat = values.flatten()
+        if flat.null_count:
+            holed = flat.is_null().to_numpy(zero_copy_only=False).reshape(-1, size * size).any(axis=1)
+            wrong |= {int(index): "a null pixel" for index in np.flatnonzero(good)[holed]}
+        flat = flat.fill_null(0).to_numpy(zero_copy_only=False)
     images[good] = flat.reshape(-1, size, size)
+    images[list(wrong)] = 0
     return images, dict(sorted(wrong.items()))
 
 
@@ -178,6 +184,7 @@ def _list(source: str) -> tuple[Store, bool, Iterator[_File]]:
     try:
         parent, slash, name = source.rstrip("/").rpartition("/")
         pattern = any(sign in name for sign in "*?")
+        name = unquote(name) if source.startswith("file:") else name  # as open_store does of what is above
         whole = parent.endswith(":/")  # a bucket
         above = open_store(parent or slash or ".", "source") if not whole and (pattern or "." in name) else None
         if above is not None and (pattern or above.exists(name)):
@@ -277,20 +284,36 @@ def _check_column(schema: pa.Schema, column: str, size: int, where: str) -> bool
     return False
 
 
-def _opened(store: Store, key: str) -> pq.ParquetFile:
-    try:
-        return pq.ParquetFile(store.path(key), filesystem=store.arrow, pre_buffer=False)
-    except Exception as error:  # pyarrow's own, and through its filesystem those of the store
-        where = shown(store.locate(key))
-        raise DataError(f"{where}: no readable Parquet file ({first_line(error)}); write it again") from None
+@contextlib.contextmanager
+def _opened(store: Store, key: str) -> Iterator[pq.ParquetFile]:
+    with contextlib.ExitStack() as stack:
+        with _explained(store, key, "no readable Parquet file"):
+            # Not by pyarrow's filesystem, to which a file is not there when the server is not.
+            source = stack.enter_context(store.fs.open(store.path(key)))
+            file = stack.enter_context(pq.ParquetFile(source, pre_buffer=False, buffer_size=BUFFER))
+        yield file
 
 
-def _explained(store: Store, key: str, batches: Iterator[Any]) -> Iterator[Any]:
-    try:
+def _to_its_end(store: Store, key: str, batches: Iterator[Any]) -> Iterator[Any]:
+    with _explained(store, key, "cannot be read to its end"):
         yield from batches
-    except (pa.ArrowException, OSError) as error:
-        where = shown(store.locate(key))
-        raise DataError(f"{where}: cannot be read to its end ({first_line(error)}); write it again") from None
+
+
+@contextlib.contextmanager
+def _explained(store: Store, key: str, what: str) -> Iterator[None]:
+    """Whether it is the file that is torn or the store that failed, for pyarrow lets through what that raises."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:
+        where, reason = shown(store.locate(key)), first_line(error)
+        if isinstance(error, pa.ArrowException) or (type(error) is OSError and error.errno is None):  # pyarrow's own
+            raise DataError(f"{where}: {what} ({reason}); write it again") from None
+        may_pass = not isinstance(error, FileNotFoundError | PermissionError)
+        raise StorageError(
+            f"{where}: cannot be read ({reason}); check the disk or server", may_pass=may_pass
+        ) from error
 
 
 def _chunks(names: Sequence[str], size: int) -> Iterator[tuple[str, ...]]:

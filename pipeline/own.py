@@ -13,6 +13,7 @@ from pipeline.idx import Pixels
 
 MAX_CLASSES = 256  # labels are uint8
 MAX_CLASS_NAME = 100
+THREADS = min(8, os.cpu_count() or 1)
 BATCH = 256  # images in memory at once, for each step from the source to the IDX file
 
 

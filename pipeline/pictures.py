@@ -22,6 +22,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg")
 FORMATS = ("PNG", "JPEG")  # of what Pillow can read, these alone: fewer decoders that meet strangers' bytes
 MAX_PIXELS = 64 * 10**6
 LARGE = 16 * 10**6  # pixels, which take up to 20 bytes each while they become grey: one such picture at a time
+STRETCHED = {"L;2": 85, "L;4": 17}  # grey of few bits: Pillow makes 255 of white, but not of what is transparent
 MIDDLE = 127  # what is brighter is light
 
 # What decode_picture does, for the record.
@@ -51,6 +52,9 @@ def open_picture(encoded: Path | bytes, lift: bool = False) -> Image.Image:
         with Image.open(io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise DataError(f"{image.width}x{image.height} pixels, more than {MAX_PIXELS}")
+            for tile in image.tile:
+                if tile.args in STRETCHED and "transparency" in image.info:
+                    image.info["transparency"] *= STRETCHED[tile.args]
             with _one_large if image.width * image.height > LARGE else contextlib.nullcontext():
                 return _grey(ImageOps.exif_transpose(image), lift)
     except (DataError, MemoryError):
@@ -122,11 +126,8 @@ def find_pictures(root: Path, size: int, pool: Executor) -> Found:
 
 
 def _grey(image: Image.Image, lift: bool) -> Image.Image:
-    if image.mode.startswith("I"):  # 16 bits: Pillow would cut them off at 255
-        wide = np.asarray(image).clip(0, 65535).astype(np.uint32)  # and in place, for it may be large
-        wide += 128
-        wide //= 257
-        return Image.fromarray(wide.astype(np.uint8))
+    if image.mode.startswith("I"):
+        image = _narrow(image)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         ground = "black" if lift and _is_light(image) else "white"
@@ -134,6 +135,18 @@ def _grey(image: Image.Image, lift: bool) -> Image.Image:
     if image.mode not in ("1", "L"):
         image = image.convert("RGB")
     return image.convert("L")
+
+
+def _narrow(image: Image.Image) -> Image.Image:
+    """16 bits as 8: Pillow would cut them off at 255, and not see which value is transparent."""
+    pixels, clear = np.asarray(image), image.info.get("transparency")
+    wide = pixels.clip(0, 65535).astype(np.uint32)  # and in place, for it may be large
+    wide += 128
+    wide //= 257
+    grey = Image.fromarray(wide.astype(np.uint8))
+    if clear is not None:
+        grey.putalpha(Image.fromarray((pixels != clear).astype(np.uint8) * np.uint8(255)))
+    return grey
 
 
 def _is_light(image: Image.Image) -> bool:

@@ -4,7 +4,6 @@ A model knows light objects on black, upright, small and square. A photo may be 
 """
 
 import math
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
@@ -17,7 +16,7 @@ from pydantic import BaseModel, ConfigDict
 
 from pipeline.errors import DataError
 from pipeline.idx import Pixels
-from pipeline.own import BATCH, Batch, shown
+from pipeline.own import BATCH, THREADS, Batch, shown
 from pipeline.pictures import MAX_PIXELS, MIDDLE, decode_batch, open_picture
 
 if TYPE_CHECKING:
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
 Invert = Literal["auto", "yes", "no"]
 Name = TypeVar("Name")
 Probabilities = npt.NDArray[np.float64]
-THREADS = min(8, os.cpu_count() or 1)
 LONGEST = math.isqrt(MAX_PIXELS)
 
 

@@ -54,8 +54,9 @@ def list_runs(store: Store) -> list[RunSummary]:
     """All runs ever begun in the store, by name."""
     keys: dict[str, list[str]] = defaultdict(list)
     for key in store.keys("staging"):
-        _, run_id, rest = key.split("/", 2)
-        keys[run_id].append(rest)
+        _, run_id, *rest = key.split("/", 2)
+        if run_id and rest:  # .DS_Store lies beside the runs, as does the empty object that AWS's console makes
+            keys[run_id] += rest
     return [_summary(store, run_id, set(found)) for run_id, found in sorted(keys.items()) if "run.json" in found]
 
 

@@ -1,7 +1,7 @@
 """Predicting a feed's units on Ray Data. Through Ray go names and numbers: each process reads and writes for itself,
 and holds a few images at a time.
 
-    predictions/<content>/<unit>-<file>.parquet   written by whoever reads the unit, read back and compared
+    predictions/<content>/<unit>-<file>.parquet   written by whoever reads the unit first, and read back
     receipts/<content>/<unit>.json                what a unit came to: it is not done again
 """
 
@@ -25,7 +25,8 @@ from pipeline.cluster import ClusterConfig, placeable, ray_session
 from pipeline.errors import ClusterError, DataError, StorageError
 from pipeline.feed import Feed, Slice, Unit, read_unit
 from pipeline.metrics import Logits
-from pipeline.predict import THREADS, Invert, probabilities
+from pipeline.own import THREADS
+from pipeline.predict import Invert, probabilities
 from pipeline.registry import Served
 from pipeline.storage import LocalStore, Store, sha256
 
@@ -162,11 +163,12 @@ class Scorer:
             done = Answer.model_validate_json(output.read(receipt))
         except ValidationError:
             return None
-        keys = [f"{self.job.folder}/{part.name}" for part in done.parts]
-        there = all(map(output.exists, keys))
-        digests = [part.sha256 for part in done.parts]
-        whole = there and [sha256(output.read(key)) for key in keys] == digests
-        return done.model_copy(update={"before": True}) if whole else None
+        told = {f"{self.job.folder}/{part.name}": part.sha256 for part in done.parts}
+        found = {key: sha256(output.read(key)) for key in told if output.exists(key)}
+        for key in found:
+            if found[key] != told[key]:
+                output.delete(key)  # damaged: _write would keep it
+        return done.model_copy(update={"before": True}) if found == told else None
 
     def _predict(self, unit: Unit) -> Iterator[Part]:
         job, held, files = self.job, list[tuple[Slice, Logits]](), 0
@@ -181,9 +183,15 @@ class Scorer:
             yield self._write(f"{unit.number:06d}-{files:03d}.parquet", held)
 
     def _write(self, name: str, held: list[tuple[Slice, Logits]]) -> Part:
-        table = predictions_of(self.job.served, held)
+        table, key, output = predictions_of(self.job.served, held), f"{self.job.folder}/{name}", self.job.output
+        # Another job of the same may have been quicker, and published, on a kind of CPU that differs in the last bits.
         data = encode_table(table)
-        self.job.output.put(f"{self.job.folder}/{name}", data)
+        kept = output.keep(key, data)
+        if kept != data:
+            if (found := _decode_table(kept, table)) is None:
+                output.put(key, data)
+            else:
+                data, table = kept, found
         predicted = table["predicted"].drop_null().to_numpy()
         return Part(
             name=name,
@@ -246,6 +254,15 @@ def encode_table(table: pa.Table) -> bytes:
     names = ["path", "class", "error", "model", "version", "run_id"]
     pq.write_table(table, sink, compression="zstd", use_dictionary=names)
     return bytes(sink.getvalue())
+
+
+def _decode_table(data: bytes, like: pa.Table) -> pa.Table | None:
+    """The predictions in a Parquet file; None if it is torn, or they are of other images."""
+    try:
+        table, images = pq.read_table(pa.BufferReader(data)), ["path", "row"]
+    except (pa.ArrowException, OSError):
+        return None
+    return table if table.schema == like.schema and table.select(images) == like.select(images) else None
 
 
 def _room(cluster: ClusterConfig, pinned: bool) -> tuple[int, dict[str, str]]:

@@ -230,18 +230,38 @@ class PatientS3FileSystem(s3fs.S3FileSystem):  # type: ignore[misc]  # s3fs has 
     call_s3 = fsspec.asyn.sync_wrapper(_call_s3)
 
     async def _cat_file(self, path: str, start: int | None = None, end: int | None = None, **kwargs: Any) -> Any:
-        if start is None and end is None:
-            return await _patiently(self._whole, path)
-        return await super()._cat_file(path, start=start, end=end, **kwargs)
+        part = {} if start is None and end is None else {"Range": await self._process_limits(path, start, end)}
+        return await self._read(path, part)
 
-    async def _whole(self, path: str) -> Any:
+    async def _read(self, path: str, asked: dict[str, str]) -> Any:
+        return await _patiently(self._read_once, path, asked)
+
+    # For file objects, which are no coroutines.
+    read = fsspec.asyn.sync_wrapper(_read)
+
+    async def _read_once(self, path: str, asked: dict[str, str]) -> Any:
         # The parent asks for the size first, and tries again what _call_s3 has tried again.
         bucket, key, _ = self.split_path(path)
-        answer = await self._call_s3("get_object", Bucket=bucket, Key=key)
+        answer = await self._call_s3("get_object", Bucket=bucket, Key=key, **asked)
         try:
             return await answer["Body"].read()
         finally:
             answer["Body"].close()
+
+    def _open(self, path: str, mode: str = "rb", block_size: int | None = None, **kwargs: Any) -> Any:
+        if mode != "rb":
+            return super()._open(path, mode, block_size, **kwargs)
+        return _PatientFile(self, path, mode, block_size or self.default_block_size, **kwargs)
+
+
+class _PatientFile(s3fs.core.S3File):  # type: ignore[misc]
+    """A file whose parts are read as patiently as whole objects; the parent tries each twice."""
+
+    def _fetch_range(self, start: int, end: int) -> Any:
+        if start == end:
+            return b""
+        # With `read_kw`, which has the ETag: of a file that changes meanwhile nothing more is read.
+        return self.fs.read(self.path, {**self.read_kw, "Range": f"bytes={start}-{end - 1}"})
 
 
 async def _patiently(call: Callable[..., Awaitable[Any]], *args: Any, **kwargs: Any) -> Any:

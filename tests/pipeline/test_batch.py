@@ -1,9 +1,11 @@
 """Proves, on a real Ray and a real S3 server, that a batch is predicted as each image alone would be, every image once,
 and that predictions are published whole or not at all."""
 
+import copy
 import io
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,11 +14,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
+import torch
 from PIL import Image
 
 from lenet.model import LeNet
 from pipeline import scorer
-from pipeline.batch import PredictConfig, predict_batch, read_manifest, render_batch
+from pipeline.batch import PredictConfig, _content, _publish, _work, predict_batch, read_manifest, render_batch
 from pipeline.cluster import ClusterConfig, ray_session
 from pipeline.errors import ConfigError, DataError, PipelineError
 from pipeline.feed import find_feed
@@ -118,10 +121,12 @@ def test_a_folder_of_pictures_is_predicted_as_each_is_alone(model: str, tmp_path
     assert found["error"][bad] == "neither PNG nor JPEG"
     assert all(found[name][bad] is None for name in ("predicted", "class", "probability", "logits"))
     good = [index for index in range(201) if index != bad]
-    alone = predict_pictures(open_model(model), [folder / str(found["path"][index]) for index in good])
+    served = open_model(model)
+    alone = predict_pictures(served, [folder / str(found["path"][index]) for index in good])
     for index, prediction in zip(good, alone, strict=True):
-        assert found["class"][index] == prediction.name
-        assert found["probability"][index] == pytest.approx(prediction.probability, abs=1e-5)
+        surest = max(prediction.probabilities)
+        assert found["class"][index] == served.classes[prediction.probabilities.index(surest)]
+        assert found["probability"][index] == pytest.approx(surest, abs=1e-5)
     assert {found["error"][index] for index in good} == {None}
 
 
@@ -220,6 +225,14 @@ def test_what_others_keep_in_the_output_is_not_touched(
     assert output.keys("") == [theirs]
 
 
+def test_a_job_is_told_of_places_in_full(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has a working directory of its own, and perhaps a home."""
+    monkeypatch.setenv("HOME", "/home/me")
+    config = PredictConfig(source="~/photos", output="~/out", model=model, ray_address="http://127.0.0.1:8265")
+    asked = _work(open_store(config.output), config, open_model(model), "0" * 16).asked["parameters"]
+    assert (asked["source"], asked["output"]) == ("/home/me/photos", "file:///home/me/out")
+
+
 def test_a_job_that_broke_off_goes_on(
     local_store: Store, model: str, small_manifest: Callable[[Store], Manifest], tmp_path: Path
 ) -> None:
@@ -281,6 +294,44 @@ def test_a_process_writes_the_same_bytes_again_in_files_of_bounded_size(
         answers.append(Scorer(Job(feed.store, output, open_model(model), "image", "auto", "0" * 16)).answer(unit))
     assert answers[0] == answers[1]
     assert [part.rows for part in answers[0].parts] == [2_000, 1_000]
+
+
+def test_a_slower_job_of_the_same_leaves_what_is_published(
+    store: Store, model: str, small_manifest: Callable[[Store], Manifest]
+) -> None:
+    """On another kind of CPU, which differs in the last bits: here by other weights."""
+    source, output = store.locate(small_manifest(store).folder), open_store(f"{store.url}/out")
+    config = PredictConfig(source=source, output=output.url, model=model)
+    feed, served = find_feed(source, "image", 28), open_model(model)
+    job = Job(feed.store, output, served, "image", "auto", _content(config, served, feed))
+    nudged = copy.deepcopy(served.model)
+    with torch.no_grad():
+        for weights in nudged.parameters():
+            weights *= 1 + 1e-6
+    slower = replace(job, served=replace(served, model=nudged))
+
+    def predicted(job: Job) -> Predicted:
+        return Predicted([part for unit in feed.units for part in Scorer(job).answer(unit).parts], 1.0, feed.images)
+
+    elsewhere = replace(slower, output=open_store(f"{store.url}/elsewhere"))
+    other = predicted(elsewhere).parts
+    first = _publish(config, job, feed, predicted(job))
+    assert not {part.sha256 for part in first.parts} & {part.sha256 for part in other}
+    assert _publish(config, slower, feed, predicted(slower)) == first
+    assert len(rows_of(output)["path"]) == 800
+
+    # What is damaged is no work of another's: by its receipt, or because nobody could read it.
+    output.delete("manifest.json")
+    parts = predicted(job).parts
+    key = f"{job.folder}/{parts[0].name}"
+    output.put(key, elsewhere.output.read(key))
+    assert predicted(job).parts == parts
+    output.delete(job.receipts)
+    for damaged in (b"torn", output.read(f"{job.folder}/{parts[1].name}")):
+        output.put(key, damaged)
+        output.delete(job.receipts)
+        assert predicted(job).parts == parts
+    assert sha256(output.read(key)) == parts[0].sha256
 
 
 def test_other_work_on_ray_leaves_room_or_is_waited_for_in_vain(

@@ -4,14 +4,18 @@ import http.client
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from pipeline import storage
 from pipeline.errors import StorageError
+from pipeline.feed import find_feed, read_unit
 from pipeline.storage import Store, open_store
 from tests.conftest import refusal
 
@@ -171,6 +175,47 @@ def test_an_object_is_read_whole_by_one_request_however_large(proxy: Proxy, behi
     proxy.asked.clear()
     assert behind.read("k") == large
     assert proxy.asked == ["GET"]
+
+
+def test_a_part_that_breaks_off_is_read_again(proxy: Proxy, behind: Store) -> None:
+    behind.put("k", b"0123456789")
+    with behind.fs.open(behind.path("k")) as file:
+        proxy.at_first(5, "GET", 200, None)
+        file.seek(4)
+        assert file.read(3) == b"456"
+        assert file.read() == b"789"
+    proxy.at_first(5, "GET", 200, None)
+    assert behind.fs.cat_file(behind.path("k"), start=4, end=7) == b"456"
+    assert behind.fs.cat_file(behind.path("k"), start=-2) == b"89"
+
+
+def test_a_file_that_changes_while_it_is_open_is_read_no_more(behind: Store) -> None:
+    behind.put("k", b"one")
+    with behind.fs.open(behind.path("k")) as file:
+        behind.put("k", b"two")
+        with pytest.raises(OSError, match="pre-conditions"):
+            file.read()
+
+
+def test_parquet_that_a_server_breaks_off_is_not_torn(
+    proxy: Proxy, behind: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table({"image": pa.array([bytes(784)] * 100, pa.binary(784))}), sink)
+    behind.put("in/x.parquet", bytes(sink.getvalue()))
+    found = find_feed(behind.locate("in"), "image", 28)
+    monkeypatch.setenv("LENET_S3_OUTAGE_S", "0.5")
+    proxy.instead = lambda method, path: (200, None) if method == "GET" and ".parquet" in path else None
+    with ThreadPoolExecutor(1) as pool:
+        for call in (
+            lambda: find_feed(behind.locate("in"), "image", 28),
+            lambda: list(read_unit(found.store, found.units[0], "image", 28, "no", pool)),
+        ):
+            with pytest.raises(
+                StorageError, match=r"x.parquet: cannot be read \(.*\); check the disk or server$"
+            ) as raised:
+                call()
+            assert raised.value.may_pass
 
 
 def test_a_conflict_between_conditional_writes_is_tried_again(proxy: Proxy, behind: Store) -> None:

@@ -21,6 +21,7 @@ from pipeline.errors import DataError
 from pipeline.idx import Pixels
 from pipeline.own import Found
 from pipeline.source import FACTS, IMAGES, LABELS, Source
+from pipeline.storage import Store
 
 if TYPE_CHECKING:
     from tests.conftest import Splits
@@ -78,6 +79,16 @@ def test_idx_files_come_back_pixel_by_pixel(
     images, labels = small_splits["test"]
     assert np.array_equal(source.read("test", np.arange(len(images))), images)
     assert np.array_equal(source.labels("test"), labels)
+
+
+def test_folders_by_the_names_of_idx_files_are_passed_over(own: Path, bring: Bring) -> None:
+    """As Kaggle's MNIST unpacks: x.idx3-ubyte beside a folder x-idx3-ubyte that holds it again."""
+    for path in list(own.iterdir()):
+        path.rename(own / path.name.replace("-idx", ".idx"))
+        path.mkdir()
+        (path / path.name).write_bytes(b"not looked at")
+    source = bring(own)
+    assert (source.rows("train"), source.rows("test")) == (600, 200)
 
 
 def test_idx_files_without_a_test_split_give_a_part(
@@ -216,6 +227,19 @@ def test_parquet_of_another_split_is_told_of(table: Path, bring: Bring, caplog: 
     assert "mine: passed over: *.parquet (1)" in caplog.messages
 
 
+def test_a_folder_of_a_bucket_may_be_called_parquet(
+    small_splits: "Splits", table: Path, s3_store: Store, bring: Bring, refused: Refused, contents: Contents
+) -> None:
+    """As Spark and Dask write it."""
+    url = f"{s3_store.url}/photos.parquet"
+    assert f"{url}: holds no *.parquet; a source is" in refused(url)
+    s3_store.put("photos.parquet/_SUCCESS", b"")
+    s3_store.put("photos.parquet/part-00000.snappy.parquet", table.read_bytes())
+    source = bring(url)
+    assert sorted(contents(source, "train") + contents(source, "test")) == expected(*small_splits["train"])
+    assert bring(f"{url}/") == source
+
+
 def test_a_process_killed_half_way_leaves_nothing_that_is_seen(own: Path, bring: Bring, tmp_path: Path) -> None:
     script = f"""
         import os
@@ -269,15 +293,22 @@ def test_a_split_that_gets_no_image_is_refused(own: Path, refused: Refused) -> N
     assert "no image left for the test split; add images, or change test_fraction" in refused(own)
 
 
-def test_memory_stays_small_whatever_the_size(tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", ["IDX", "Parquet"])
+def test_memory_stays_small_whatever_the_size(tmp_path: Path, form: str) -> None:
     """200,000 images are 157 MB; converting them takes less than 64 MB beyond what the imports take."""
     folder = tmp_path / "large"
     folder.mkdir()
     count = 200_000
-    with (folder / IMAGES["train"]).open("wb") as file:
-        file.write(struct.pack(">BBBB3I", 0, 0, 8, 3, count, 28, 28))
-        file.truncate(16 + count * 784)
-    (folder / LABELS["train"]).write_bytes(idx_bytes((np.arange(count) % 10).astype(np.uint8)))
+    labels = (np.arange(count) % 10).astype(np.uint8)
+    if form == "IDX":
+        with (folder / IMAGES["train"]).open("wb") as file:
+            file.write(struct.pack(">BBBB3I", 0, 0, 8, 3, count, 28, 28))
+            file.truncate(16 + count * 784)
+        (folder / LABELS["train"]).write_bytes(idx_bytes(labels))
+    else:
+        pixels = pa.FixedSizeBinaryArray.from_buffers(pa.binary(784), count, [None, pa.py_buffer(bytes(count * 784))])
+        whole = pa.table({"image": pixels, "label": labels})
+        pq.write_table(whole, folder / "x.parquet", row_group_size=count, compression="none", use_dictionary=False)
     script = f"""
         from pathlib import Path
         from pipeline.download import SourceConfig, fetch

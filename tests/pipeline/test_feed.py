@@ -3,6 +3,7 @@
 import io
 import os
 import re
+import tracemalloc
 from collections.abc import Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 from PIL import Image
 
 from pipeline import feed, predict
-from pipeline.errors import ConfigError, DataError
+from pipeline.errors import ConfigError, DataError, StorageError
 from pipeline.feed import _list, find_feed, read_column, read_unit, source_digest
 from pipeline.idx import Pixels
 from pipeline.storage import Store
@@ -85,6 +86,11 @@ def test_what_is_no_image_is_told_of(images: Pixels, pool: Executor) -> None:
     found, bad = read_column(column, 28, "auto", pool)
     assert bad == {1: "3 pixels, not 28x28", 2: "null"}
     assert np.array_equal(found[0], images[0])
+    holed = pa.array([[1, 2, 3], [200] * 783 + [None], images[0].ravel().tolist(), [None] * 784], pa.list_(pa.uint8()))
+    found, bad = read_column(holed, 28, "auto", pool)
+    assert bad == {0: "3 pixels, not 28x28", 1: "a null pixel", 3: "a null pixel"}
+    assert np.array_equal(found[2], images[0])
+    assert not found[[0, 1, 3]].any()
     found, bad = read_column(pa.array([b"torn", png(images[1])]), 28, "auto", pool)
     assert bad == {0: "neither PNG nor JPEG"}
     assert np.array_equal(found[1], images[1])
@@ -119,6 +125,23 @@ def test_units_are_row_groups_and_have_every_row_once(
     assert where == {("a.PARQUET", row) for row in range(110)} | {("b/x.parquet", row) for row in range(90)}
     every = np.concatenate([part.images for part in read])
     assert np.array_equal(every, np.concatenate([images[90:], images[:90]]))
+
+
+def test_a_row_group_is_not_in_memory_as_a_whole(tmp_path: Path, pool: Executor) -> None:
+    count = 50_000  # 39 MB
+    column = pa.FixedSizeBinaryArray.from_buffers(pa.binary(784), count, [None, pa.py_buffer(bytes(count * 784))])
+    options = {"row_group_size": count, "compression": "none", "use_dictionary": False}
+    pq.write_table(pa.table({"image": column}), tmp_path / "large.parquet", **options)
+    found = find_feed(str(tmp_path), "image", 28)
+    (unit,) = found.units
+    tracemalloc.start()
+    try:
+        read = [len(part.images) for part in read_unit(found.store, unit, "image", 28, "auto", pool)]
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert sum(read) == count
+    assert peak < 10 * 2**20
 
 
 def test_pictures_in_units(tmp_path: Path, images: Pixels, pool: Executor, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,6 +189,18 @@ def test_a_source_in_either_store(store: Store, images: Pixels, pool: Executor) 
     assert find_feed(store.locate("in/[0]*.png").replace("[0]", "?"), "image", 28).images == 3
     store.put("in/2.png", png(images[5]))
     assert source_digest(store.locate("in")) != found.digest
+
+
+def test_a_url_of_a_file_may_have_escapes_in_its_name(tmp_path: Path, images: Pixels) -> None:
+    folder = tmp_path / "my photos"
+    folder.mkdir()
+    for row, name in enumerate(("a b.png", "a c.png")):
+        (folder / name).write_bytes(png(images[row]))
+    for name, keys in (("a%20b.png", ("a b.png",)), ("a%20*.png", ("a b.png", "a c.png"))):
+        (unit,) = find_feed(f"{folder.as_uri()}/{name}", "image", 28).units
+        assert unit.keys == keys
+    (folder / "a%20b.png").write_bytes(png(images[2]))
+    assert find_feed(f"{folder}/a%20b.png", "image", 28).units[0].keys == ("a%20b.png",)
 
 
 def test_one_file_is_that_file_whatever_lies_beside_it(tmp_path: Path, images: Pixels) -> None:
@@ -219,6 +254,15 @@ def test_a_column_that_does_not_fit_is_refused(tmp_path: Path, column: pa.Array,
     with pytest.raises(DataError) as raised:
         find_feed(str(tmp_path), "image", 28)
     assert complaint in str(raised.value)
+
+
+def test_a_file_that_the_disk_does_not_give_is_not_torn(tmp_path: Path, images: Pixels, pool: Executor) -> None:
+    write(tmp_path / "x.parquet", images, 200)
+    found = find_feed(str(tmp_path), "image", 28)
+    (unit,) = found.units
+    (tmp_path / "x.parquet").unlink()
+    with pytest.raises(StorageError, match=r"x.parquet: cannot be read \(.*\); check the disk or server$"):
+        list(read_unit(found.store, unit, "image", 28, "auto", pool))
 
 
 def test_what_cannot_be_a_source_is_refused(tmp_path: Path, images: Pixels) -> None:

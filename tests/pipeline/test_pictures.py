@@ -3,6 +3,8 @@
 import io
 import logging
 import os
+import struct
+import zlib
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -136,6 +138,26 @@ def test_a_picture_of_another_size_is_resized_with_antialias(tmp_path: Path) -> 
 )
 def test_every_kind_of_png_becomes_grey(image: Image.Image, grey: int) -> None:
     assert np.unique(decode_picture(encoded(image), 28)).tolist() == [grey]
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
+def test_one_value_of_a_grey_png_may_be_transparent(bits: int) -> None:
+    """The left half has the value 1 in so many bits, the right half 0. Pillow does not write such files."""
+    row = np.unpackbits(np.array([0, 1], ">u2").view(np.uint8).reshape(2, 2), axis=1)[:, -bits:]
+    line = b"\0" + np.packbits(np.repeat(row[::-1], 14, axis=0)).tobytes()
+
+    def png(clear: int) -> bytes:
+        def chunk(kind: bytes, data: bytes) -> bytes:
+            return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+        header = chunk(b"IHDR", struct.pack(">IIBBBBB", 28, 28, bits, 0, 0, 0, 0))
+        parts = header, chunk(b"tRNS", struct.pack(">H", clear)), chunk(b"IDAT", zlib.compress(line * 28))
+        return b"".join((b"\x89PNG\r\n\x1a\n", *parts, chunk(b"IEND", b"")))
+
+    one = round(255 / (2**bits - 1))
+    for clear, left, right in ((1, 255, 0), (0, one, 255)):
+        found = decode_picture(png(clear), 28)
+        assert (np.unique(found[:, :14]).tolist(), np.unique(found[:, 14:]).tolist()) == ([left], [right])
 
 
 def test_cmyk_and_grey_jpeg_become_grey() -> None:

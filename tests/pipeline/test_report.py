@@ -1,9 +1,11 @@
 """Proves that the report page holds everything, needs nothing from outside, and lets no text become markup."""
 
+import os
 import re
 import subprocess
 import sys
 from datetime import UTC, datetime, timedelta, timezone
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -167,13 +169,16 @@ def test_one_epoch_and_no_mistakes_make_a_page_too() -> None:
     assert "None: every test image was recognised." in page.text
 
 
-def test_the_same_report_gives_the_same_bytes_in_another_process() -> None:
+@pytest.mark.parametrize("settings", ["", "lines.linewidth: 5\naxes.facecolor: red\naxes.grid.axis: x\n"])
+def test_the_same_report_gives_the_same_bytes_in_another_process(tmp_path: Path, settings: str) -> None:
     report = a_report()
     script = (
         "import sys; import numpy as np; from pipeline.report import *; pixels = np.arange(784, dtype=np.uint8); "
         "print(render_html(Report.model_validate_json(sys.argv[1]), [pixels.reshape(28, 28)]))"
     )
     command = [sys.executable, "-c", script, report.model_dump_json()]
-    other = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    (tmp_path / "matplotlibrc").write_text(settings)  # matplotlib looks for one where it is started, too
+    env = os.environ | {"MATPLOTLIBRC": str(tmp_path)}
+    other = subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
     assert other == render_html(report, PIXELS) + "\n"
     assert render_html(report, PIXELS) == render_html(report, PIXELS)

@@ -13,7 +13,7 @@ from pipeline.progress import ENDED, PROGRESS
 from pipeline.publish import EVENTS
 from pipeline.record import RunRecord
 from pipeline.runs import compare_runs, list_runs
-from pipeline.storage import Store
+from pipeline.storage import LocalStore, Store
 from pipeline.train import staging
 
 if TYPE_CHECKING:
@@ -47,6 +47,14 @@ def test_every_run_is_listed_in_its_state(store: Store, trained: Callable[..., "
     assert [(run.epochs_done, run.epochs, run.held_out_accuracy) for run in found[:2]] == [(0, 3, None), (1, 3, 0.1)]
     assert (found[-1].accuracy, found[-1].finished) == (published.accuracy, datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC))
     assert {(run.dataset, run.recipe) for run in found} == {("fashion-mnist", "seed")}
+
+
+def test_what_lies_beside_the_runs_is_no_run(store: Store) -> None:
+    begin(store, "a-begun")
+    store.put("staging/.DS_Store", b"of a Mac")
+    if not isinstance(store, LocalStore):
+        store.put("staging/", b"")  # what AWS's console makes for a folder
+    assert [run.run_id for run in list_runs(store)] == ["a-begun"]
 
 
 def test_two_runs_are_compared_by_what_differs(store: Store, trained: Callable[..., "Receipts"]) -> None:
