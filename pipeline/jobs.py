@@ -315,6 +315,7 @@ def _error(client: Client, job: str, status: JobStatus) -> BaseException:
             raised: type[BaseException] = getattr(errors, said["error"], TrainingError)
             return raised(*said["args"])
         message = client.get_job_info(job).message or (lines[-1] if lines else "no output")
+        message = message.partition(", last available logs")[0]  # they begin with the whole request
         # Killed, perhaps, on a head without memory: then another job goes on. One that somebody stopped does not.
         kind = ClusterError if status == JobStatus.FAILED else TrainingError
         return kind(f"job {job} has {str(status).lower()}: {' '.join(message.split())[:400]}")
