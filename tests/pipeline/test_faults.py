@@ -190,7 +190,7 @@ def test_a_node_about_to_go_is_left_with_a_checkpoint(
     store = open_store(str(tmp_path / "store"))
     splits = {split: (images[:6000], labels[:6000]) for split, (images, labels) in full_splits.items()}
     manifest = write_shards(store, make_source(tmp_path / "source", splits), ShardConfig())
-    config = TrainConfig(epochs=3, global_batch_size=2, lr=0.001)
+    config = TrainConfig(epochs=3, global_batch_size=2, lr=0.001, checkpoint_seconds=1e6)
     on_epoch, acted = once_after(1, drain_one)
     training = fit(store, "drained", manifest, config, TWO_ON_A_CLUSTER, LoadConfig(), on_epoch)
     acted[0].result()
