@@ -26,12 +26,11 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from pipeline import errors
 from pipeline.cluster import ClusterConfig, check_cluster
 from pipeline.errors import ClusterError, PipelineError, StorageError, Terminated, TrainingError, first_line
-from pipeline.lease import ask_to_stop
+from pipeline.lease import ask_to_stop, lease_key
 from pipeline.progress import OnEpoch, OnNow, followed
 from pipeline.storage import Store, sha256
 from pipeline.train import Training, find_training, staging
 from pipeline.trainer import on_signal
-from pipeline.worker import lease_key
 
 log = logging.getLogger(__name__)
 

@@ -162,6 +162,11 @@ class Hold:
         return found is None or found.token != self.lease.token
 
 
+def lease_key(folder: str) -> str:
+    """Key of the lease on the run whose folder this is."""
+    return f"{folder}/lease.json"
+
+
 def read_lease(store: Store, key: str) -> Lease | None:
     """The lease as it stands; None before the first holder."""
     return find_document(store, key, Lease)

@@ -20,14 +20,14 @@ from pipeline.cluster import ClusterConfig, ray_session
 from pipeline.collective import PATIENCE_S
 from pipeline.documents import find_document, keep_document
 from pipeline.errors import DataError, PipelineError, Terminated, TrainingError
-from pipeline.lease import Hold, held
+from pipeline.lease import Hold, held, lease_key
 from pipeline.loader import LoadConfig, choose_loading
 from pipeline.progress import ENDED, OnEpoch, OnNow, WriteProgress, followed, tell_epochs
 from pipeline.recipe import TrainConfig
 from pipeline.shards import Manifest
 from pipeline.storage import Store, sha256
 from pipeline.trainer import Trainer, cause_of, mistake_of, on_signal
-from pipeline.worker import RAY_FOLDER, Job, lease_key, train_worker
+from pipeline.worker import RAY_FOLDER, Job, train_worker
 
 log = logging.getLogger(__name__)
 

@@ -25,7 +25,7 @@ from lenet.step import Gradient, flatten, metrics_of, no_counts
 from pipeline.checkpoint import FILE_NAME, EpochMetrics, Position, encode_state, load_state
 from pipeline.collective import Sum, open_sum
 from pipeline.errors import DataError, TrainingError
-from pipeline.lease import Watchman
+from pipeline.lease import Watchman, lease_key
 from pipeline.loader import Loader, Loading, Place, augmented, open_loader
 from pipeline.memory import keep_memory
 from pipeline.order import share
@@ -144,11 +144,6 @@ class Ended(Exception):  # noqa: N818  # not an error
     def __init__(self, report: dict[str, Any]) -> None:
         super().__init__(str(report))
         self.report = report
-
-
-def lease_key(folder: str) -> str:
-    """Key of the lease on the run whose folder this is."""
-    return f"{folder}/lease.json"
 
 
 def train_worker(config: dict[str, Any]) -> None:

@@ -53,8 +53,8 @@ SHARED = {
 }
 # Files that take half a minute to seven minutes, the longest first: begun late, one would run alone at the end.
 LONG = ("test_jobs", "test_stack", "test_train", "test_faults", "test_models", "test_whole", "test_outages",
-        "test_verify", "test_registry", "test_publish", "test_strays", "test_batch", "test_hosts", "test_storage",
-        "test_tune")  # fmt: skip
+        "test_verify", "test_registry", "test_worker", "test_publish", "test_strays", "test_batch", "test_hosts",
+        "test_storage", "test_tune")  # fmt: skip
 SMALL = {"train": 600, "test": 200}
 SMALL_SHARD_MIB = 0.125  # 167 images
 

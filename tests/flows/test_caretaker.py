@@ -5,18 +5,18 @@ import logging
 import os
 import subprocess
 import sys
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas.objects import State
+from prefect.client.schemas.objects import FlowRun, State
 from prefect.states import AwaitingRetry, Cancelled, Crashed, Running
 from prefect.variables import Variable
 
-from flows.caretaker import LIVES, SETTLED, TAG, give_up, revive, stop_left
+from flows.caretaker import FORGOTTEN, LIVES, SETTLED, TAG, give_up, revive, stop_left, to_give_up, to_revive
 from flows.train_lenet import name_run, train_lenet
 from pipeline.run import RunConfig
 from tests.conftest import free_ports
@@ -87,6 +87,29 @@ def test_what_crashed_too_often_or_never_began_is_given_up_and_people_are_told(
     assert [(state.name, state.message) for state in states if state] == [("Failed", text) for text in messages]
     said = [record.getMessage() for record in caplog.records if record.name == "flows.notify"]
     assert sum(line.startswith("nobody was notified that ") for line in said) == 2  # but tried
+
+
+def test_what_crashed_a_moment_or_long_ago_or_is_of_no_deployment_is_left_alone() -> None:
+    now, second = datetime.now(UTC), timedelta(seconds=1)
+
+    def crashed(lives: int, ago: timedelta = SETTLED, deployed: bool = True) -> FlowRun:
+        deployment = uuid4() if deployed else None
+        state = Crashed(timestamp=now - ago)
+        return FlowRun(flow_id=uuid4(), deployment_id=deployment, run_count=lives, state=state)
+
+    good = [crashed(1), crashed(LIVES - 1), crashed(1, FORGOTTEN)]
+    hopeless = [crashed(0), crashed(LIVES), crashed(LIVES + 1), crashed(0, FORGOTTEN)]
+    others = [
+        other
+        for lives in (0, 1)
+        for other in (
+            crashed(lives, SETTLED - second),
+            crashed(lives, FORGOTTEN + second),
+            crashed(lives, deployed=False),
+        )
+    ]
+    assert to_revive([*others, *good, *hopeless], now) == [found.id for found in good]
+    assert to_give_up([*others, *good, *hopeless], now) == hopeless
 
 
 @pytest.mark.parametrize("recipe", ["modern", "./mine/Tuned on müde.json", f"/{'x' * 99}.json"])

@@ -83,10 +83,11 @@ def altered(
     archive: bytes,
     change: Callable[[str, bytes], bytes] = lambda _, content: content,
     more: tuple[str, bytes] | None = None,
+    compression: int = zipfile.ZIP_STORED,
 ) -> bytes:
     """The archive with its entries changed, and one more before them."""
     data = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(archive)) as whole, zipfile.ZipFile(data, "w") as copy:
+    with zipfile.ZipFile(io.BytesIO(archive)) as whole, zipfile.ZipFile(data, "w", compression) as copy:
         if more:
             copy.writestr(*more)
         for name in whole.namelist():
@@ -141,6 +142,16 @@ def test_no_library_in_an_archive_is_loaded(encoded: dict[str, bytes], tmp_path:
     assert "data/aotinductor/x/e.wrapper.so' in it is not ours" in opened(data, tmp_path / "left")
 
 
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_an_archive_that_another_reader_may_read_otherwise_is_refused(
+    encoded: dict[str, bytes], tmp_path: Path
+) -> None:
+    twice = altered(encoded[PT2], more=("archive/byteorder", b"little"))
+    assert "'archive/byteorder' in it is not ours" in opened(twice, tmp_path / "left")
+    packed = altered(encoded[PT2], compression=zipfile.ZIP_DEFLATED)
+    assert "in it is not ours" in opened(packed, tmp_path / "left")
+
+
 @pytest.mark.parametrize(
     ("text", "instead"),
     [
@@ -148,6 +159,10 @@ def test_no_library_in_an_archive_is_loaded(encoded: dict[str, bytes], tmp_path:
         (r'(?<="expr_str": )"[^"]*"', "Symbol('s1', positive=open('LEFT', 'w'), integer=True)"),
         (r'(?<="target": )"torch[^"]*relu[^"]*"|(?<="target": )"torch[^"]*sigmoid[^"]*"', "torch.os.system"),
         (r'(?<="name": )"images"', "images=open('LEFT', 'w')"),
+        *(
+            (rf'(?<="{spec}": )"(\\.|[^"\\])*"', '[1, {"type": "os.system", "context": "LEFT", "children_spec": []}]')
+            for spec in ("in_spec", "out_spec")
+        ),
     ],
 )
 def test_no_text_of_a_graph_is_evaluated(encoded: dict[str, bytes], tmp_path: Path, text: str, instead: str) -> None:

@@ -26,7 +26,7 @@ import pipeline.worker
 from pipeline.checkpoint import FILE_NAME, EpochMetrics, decode_model, read_state
 from pipeline.cluster import ClusterConfig
 from pipeline.errors import ClusterError, ConfigError, Terminated
-from pipeline.lease import ask_to_stop
+from pipeline.lease import ask_to_stop, lease_key
 from pipeline.loader import LoadConfig, Place, ResidentLoader
 from pipeline.recipe import TrainConfig
 from pipeline.sharding import ShardConfig, write_shards
@@ -34,7 +34,7 @@ from pipeline.shards import Manifest
 from pipeline.source import Source
 from pipeline.storage import Store, open_store
 from pipeline.train import Training, find_training, fit, staging
-from pipeline.worker import Job, lease_key, open_learner, train_worker
+from pipeline.worker import Job, open_learner, train_worker
 from tests.conftest import Splits, wait_for
 
 # Long enough to be disturbed, and so gentle that float32's rounding does not grow.
@@ -190,7 +190,7 @@ def test_a_node_about_to_go_is_left_with_a_checkpoint(
     store = open_store(str(tmp_path / "store"))
     splits = {split: (images[:6000], labels[:6000]) for split, (images, labels) in full_splits.items()}
     manifest = write_shards(store, make_source(tmp_path / "source", splits), ShardConfig())
-    config = TrainConfig(epochs=3, global_batch_size=2, lr=0.001)
+    config = TrainConfig(epochs=3, global_batch_size=2, lr=0.001, checkpoint_seconds=1e6)
     on_epoch, acted = once_after(1, drain_one)
     training = fit(store, "drained", manifest, config, TWO_ON_A_CLUSTER, LoadConfig(), on_epoch)
     acted[0].result()

@@ -154,6 +154,13 @@ def test_bins_hold_every_image_once_with_its_confidence() -> None:
             assert one.accuracy == pytest.approx((logits.argmax(axis=1) == labels)[inside].mean())
 
 
+@pytest.mark.parametrize("n_classes", [3, 5, 15])
+def test_a_confidence_between_two_bins_is_in_the_lower(n_classes: int) -> None:
+    verdict = judge(np.zeros((1, n_classes), np.float32), np.zeros(1, np.uint8), ("class",) * n_classes)
+    [filled] = [one for one in verdict.calibration if one.images]
+    assert filled.confidence == filled.high == 1 / n_classes
+
+
 @pytest.mark.parametrize("right", [True, False])
 def test_a_model_that_is_always_right_or_wrong(right: bool) -> None:
     labels = np.zeros(50, np.uint8)

@@ -57,7 +57,13 @@ def test_rows_out_of_order_are_refused() -> None:
         decode_predictions(wrong)
 
 
-@pytest.mark.parametrize("data", [b"", b"PAR1", some()[:-9]])
+def test_a_label_beyond_the_classes_is_refused() -> None:
+    wrong = edited(some(), "label", pa.array(np.full(20, 3, np.uint8)))
+    with pytest.raises(DataError, match="it has label 3 where its logits are of 3 classes"):
+        decode_predictions(wrong)
+
+
+@pytest.mark.parametrize("data", [b"", b"PAR1", some()[:-9], some(0)])
 def test_other_files_are_refused(data: bytes) -> None:
     with pytest.raises(DataError, match="not a file of predictions"):
         decode_predictions(data)

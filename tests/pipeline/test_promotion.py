@@ -27,6 +27,12 @@ def test_the_first_is_promoted() -> None:
     assert not first(PromoteConfig(promote=False)).promoted
 
 
+def test_what_is_asked_of_a_gain_and_guarded_if_nothing_is_said() -> None:
+    assert PromoteConfig().model_dump() == {
+        "model": "lenet", "promote": True, "min_gain": 0, "max_p": 0.05, "max_f1_drop": 0.05, "max_ece_rise": 0.05
+    }  # fmt: skip
+
+
 def test_a_plain_gain_is_promoted_with_its_figures() -> None:
     found = compare(PromoteConfig(), "lenet version 1 (r)", verdict(100), verdict(60), 10, 50)
     assert found.promoted

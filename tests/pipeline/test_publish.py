@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING
 import pytest
 import s3fs
 
+from lenet.recipe import RECIPES
+from pipeline.checkpoint import encode_model
 from pipeline.errors import DataError
-from pipeline.publish import find_run, read_latest, run_folder, verify_run
+from pipeline.publish import LATEST, find_run, read_latest, run_folder, verify_run
 from pipeline.storage import Store, sha256
 
 if TYPE_CHECKING:
@@ -90,11 +92,33 @@ def test_pages_that_other_code_has_written_are_not_said_to_be_of_this(local_stor
     verify_run(local_store, "r")
 
 
-def test_an_evaluation_of_another_model_is_refused(local_store: Store, trained: Trained) -> None:
-    one, other = trained(local_store, "one", seed=1), trained(local_store, "other", seed=2)
-    with pytest.raises(DataError, match="of another model or dataset"):
-        replace(one, evaluation=other.evaluation).publish(local_store)
-    assert find_run(local_store, "one") is None
+@pytest.mark.parametrize("name", ["candidate_sha256", "dataset_digest"])
+def test_an_evaluation_of_another_model_or_dataset_is_refused(local_store: Store, trained: Trained, name: str) -> None:
+    receipts = trained(local_store, "r")
+    other = receipts.evaluation.model_copy(update={name: "0" * 64})
+    with pytest.raises(DataError, match="the evaluation is of another model or dataset"):
+        replace(receipts, evaluation=other).publish(local_store)
+    assert find_run(local_store, "r") is None
+
+
+def test_another_model_that_lies_where_a_run_goes_is_not_published(local_store: Store, trained: Trained) -> None:
+    receipts = trained(local_store, "r")
+    other = RECIPES["seed"].build_model(10, 1)
+    local_store.put(f"{run_folder('r')}/model.safetensors", encode_model(other))
+    with pytest.raises(DataError, match=r"runs/r/model\.safetensors: is of another model already"):
+        receipts.publish(local_store)
+    assert find_run(local_store, "r") is None
+
+
+def test_latest_never_points_to_a_damaged_run(local_store: Store, trained: Trained) -> None:
+    receipts = trained(local_store, "r")
+    receipts.publish(local_store)
+    local_store.delete(LATEST)
+    key = f"{run_folder('r')}/model.onnx"
+    local_store.put(key, local_store.read(key)[:-1])
+    with pytest.raises(DataError, match=r"runs/r/model\.onnx: its sha256 is not the recorded"):
+        receipts.publish(local_store)
+    assert read_latest(local_store) is None
 
 
 def test_no_secret_reaches_what_is_published(s3_store: Store, trained: Trained, s3_env: dict[str, str]) -> None:

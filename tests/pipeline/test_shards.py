@@ -229,6 +229,18 @@ def test_a_missing_shard_is_refused(store: Store, small_manifest: Write) -> None
     assert message.startswith(f"{store.locate(shard_key(manifest))}: shard is missing; delete {store.locate('')}")
 
 
+def test_a_store_that_fails_is_not_said_to_miss_a_shard(
+    local_store: Store, small_manifest: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = small_manifest(local_store)
+
+    def fail(key: str) -> bytes:
+        raise StorageError(f"{key}: the disk is broken")
+
+    monkeypatch.setattr(local_store, "read", fail)
+    assert refusal(lambda: verify_shards(local_store, manifest), StorageError).endswith("the disk is broken")
+
+
 def test_every_shard_is_verified(local_store: Store, small_manifest: Write) -> None:
     manifest = small_manifest(local_store)
     for split in ("train", "test"):

@@ -257,7 +257,7 @@ def test_wrong_credentials_are_named_by_every_operation(s3_store: Store, monkeyp
         assert message.startswith(f"{s3_store.url}/"), name
         assert "access denied" in message
         assert message.endswith("check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE and its login")
-        assert time.monotonic() - started < 5
+        assert time.monotonic() - started < 25
 
 
 def test_no_credentials_are_named(s3_store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -321,7 +321,7 @@ def test_a_dead_endpoint_is_named_by_every_operation(s3_env: dict[str, str], mon
         message = refusal(lambda operation=operation: operation(dead))
         assert message.startswith("s3://bucket/prefix/"), name
         assert message.endswith("check AWS_ENDPOINT_URL and that the server is up")
-        assert time.monotonic() - started < 5
+        assert time.monotonic() - started < 25
 
 
 @pytest.fixture

@@ -63,6 +63,31 @@ def test_a_write_that_fails_at_its_last_step_leaves_nothing(
     assert local_store.read("k") == b"y"
 
 
+@pytest.mark.parametrize(("operation", "last"), [("put", "replace"), ("create", "link")])
+def test_an_object_is_on_the_disk_before_it_has_its_name(
+    local_store: Store, monkeypatch: pytest.MonkeyPatch, operation: str, last: str
+) -> None:
+    done: list[str] = []
+
+    def noted(step: Callable[..., object]) -> Callable[..., object]:
+        return lambda *given: (done.append(step.__name__), step(*given))[1]
+
+    for where, name in ((os, "fsync"), (os, "link"), (Path, "replace")):
+        monkeypatch.setattr(where, name, noted(getattr(where, name)))
+    OPERATIONS[operation](local_store)
+    assert done == ["fsync", last]
+
+
+@pytest.mark.parametrize("operation", ["put", "keep"])
+def test_a_disk_that_keeps_other_bytes_is_named(
+    local_store: Store, monkeypatch: pytest.MonkeyPatch, operation: str
+) -> None:
+    monkeypatch.setattr(os, "fsync", lambda file: os.ftruncate(file, 1))
+    message = refusal(lambda: getattr(local_store, operation)("k", b"whole"))
+    where = local_store.locate("k")
+    assert message == f"{where}: read back other bytes than were written; check the disk or server"
+
+
 @pytest.mark.parametrize("operation", ["put", "create", "replace"])
 def test_a_process_killed_before_the_last_step_leaves_nothing_visible(local_store: Store, operation: str) -> None:
     local_store.put("a/k", b"y")

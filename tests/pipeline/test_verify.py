@@ -13,6 +13,7 @@ from lenet.model import LeNet
 from lenet.recipe import RECIPES
 from pipeline.artifacts import ONNX, PT2, SAFETENSORS, artifact_of
 from pipeline.errors import DataError
+from pipeline.evaluate import TOLERANCE
 from pipeline.metrics import Tally, Verdict
 from pipeline.predictions import decode_predictions, encode_predictions
 from pipeline.promotion import PromoteConfig
@@ -107,6 +108,7 @@ EDITS: list[tuple[Callable[[Any], object], str]] = [
     (lambda e: e.update(accuracy_low=0.5), r"says dataset='fashion-mnist' .*, the manifest dataset="),
     (lambda e: e.update(candidate_sha256="0" * 64), "is the report of model 0000"),
     (lambda e: e.update(test_digest="0" * 64), "is the report of set of test images 0000"),
+    (lambda e: e.update(dataset_digest="0" * 64), "is the report of dataset 0000"),
     (
         lambda e: e["forms"][ONNX].update(correct=200),
         r"says model\.onnx\.correct 200, it is 1\d\d;",
@@ -130,15 +132,42 @@ def test_an_edited_report_is_found_though_its_hash_was_edited_too(store: Store, 
     [
         ("dataset", lambda d: d["rows"].update(train=60_000), r"says dataset\.rows\.train 60000, it is 600;"),
         ("layers", lambda layers: layers[1].update(parameters=1), r"says layers\[1\]\.parameters 1, it is 156;"),
+        (None, lambda report: report.update(run_id="other"), "is the report of run other, the manifest is of r;"),
         (None, lambda report: report.update(history=[]), r"damaged, or of another version \(history: "),
     ],
 )
-def test_a_report_of_other_data_or_another_model_is_found(
+def test_a_report_of_other_data_another_model_or_another_run_is_found(
     store: Store, url: str, part: str | None, change: Callable[[Any], object], message: str
 ) -> None:
     edit_report(store, change, part)
     with pytest.raises(DataError, match=rf"report\.json: {message}"):
         list(verify(url))
+
+
+@on_disk
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("dataset_digest", "is another dataset than that of run r"),
+        ("test_digest", "runs/r: was judged by other test images than the dataset's"),
+    ],
+)
+def test_other_data_that_report_and_manifest_agree_on_are_found(
+    store: Store, url: str, name: str, message: str
+) -> None:
+    edit_report(store, lambda evaluation: evaluation.update({name: "0" * 64}))
+    edit_manifest(store, **{name: "0" * 64})
+    with pytest.raises(DataError, match=message):
+        list(verify(url))
+
+
+@on_disk
+def test_a_manifest_that_does_not_name_all_is_found(store: Store, url: str) -> None:
+    artifacts = json.loads(store.read(f"{ROOT}/manifest.json"))["artifacts"]
+    for name in (SAFETENSORS, ONNX, PT2, "report.json", "report.html", "README.md"):
+        edit_manifest(store, artifacts={other: found for other, found in artifacts.items() if other != name})
+        with pytest.raises(DataError, match=f"runs/r: its manifest names no {name}; do not use the run"):
+            list(verify(url))
 
 
 @on_disk
@@ -234,6 +263,19 @@ def test_swapped_predictions_are_found(store: Store, url: str) -> None:
     logits[[a, b]] = logits[[b, a]]
     rewrite(store, name, encode_predictions(logits, found.labels, 0))
     with pytest.raises(DataError, match=rf"{name}: not what model\.safetensors predicts, first at row {min(a, b)};"):
+        list(verify(url))
+
+
+@on_disk
+def test_predictions_a_little_off_are_found(store: Store, url: str) -> None:
+    """By twice what rounding is given, with a report to match."""
+    found = decode_predictions(store.read(f"{ROOT}/{NAMES[3]}"))
+    logits = np.array(found.logits)
+    row = int(np.abs(logits).max(axis=1).argmax())  # where it is a part of the logits, and none of them is below 1
+    logits[row] *= 1 + 2 * TOLERANCE
+    rewrite(store, NAMES[3], encode_predictions(logits, found.labels, 0))
+    forge(store)
+    with pytest.raises(DataError, match=rf"not what model\.safetensors predicts, first at row {row};"):
         list(verify(url))
 
 
