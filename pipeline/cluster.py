@@ -75,12 +75,15 @@ def _checked_workers(value: int | str) -> int | str:
     return least if least == most else f"{least}-{most}"
 
 
+Workers = Annotated[int | str, AfterValidator(_checked_workers)]
+
+
 class ClusterConfig(BaseModel):
     """The workers, and the cluster they run on."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    workers: Annotated[int | str, AfterValidator(_checked_workers)] = Field(
+    workers: Workers = Field(
         AUTO,
         description="Ray Train workers, from 1 to 10000; each takes its part of every batch. A range like 2-8 starts "
         "with as many as there is room for, and grows and shrinks with the cluster. auto is one for each GPU of this "

@@ -74,10 +74,10 @@ def decode_predictions(data: bytes) -> Predictions:
         table = pq.read_table(pa.BufferReader(data)).combine_chunks()
         rows, labels, predicted = (table[name].to_numpy() for name in ("row_id", "label", "predicted"))
         values = table["logits"].combine_chunks()
-        logits = values.flatten().to_numpy().reshape(len(rows), -1)
+        logits = values.flatten().to_numpy().reshape(len(rows), -1)  # ValueError for no rows
     except (pa.ArrowException, KeyError, ValueError, AttributeError) as error:
         raise DataError(f"not a file of predictions ({first_line(error)})") from None
-    if len(rows) == 0 or not np.array_equal(rows, np.arange(rows[0], rows[0] + len(rows))):
+    if not np.array_equal(rows, np.arange(rows[0], rows[0] + len(rows))):
         raise DataError("its rows do not follow each other")
     if not np.array_equal(predicted, logits.argmax(axis=1)):
         raise DataError("what it says was predicted is not what its logits say")

@@ -25,7 +25,7 @@ from lenet.recipe import RECIPES
 from pipeline import imports
 from pipeline.artifacts import encode_onnx
 from pipeline.catalog import CATALOG
-from pipeline.cluster import ClusterConfig, check_cluster, run_on_ray
+from pipeline.cluster import AUTO, ClusterConfig, Workers, check_cluster, run_on_ray
 from pipeline.documents import find_document, keep_document
 from pipeline.download import check_source
 from pipeline.errors import ConfigError
@@ -88,7 +88,11 @@ class RunConfig(PromoteConfig, ClusterConfig, TrainConfig, LoadConfig, DataConfi
 class TuneRunConfig(TuneConfig, ClusterConfig, TrainConfig, DataConfig):
     """All parameters of a search."""
 
-    workers: int = Field(2, ge=1, le=10_000, description="Trials at a time; each has a process of its own.")
+    workers: Workers = Field(
+        AUTO,
+        description="Trials at a time, from 1 to 10000; each has a process of its own. auto is one for each GPU of "
+        "this machine, or else two, or one on a single core; on a cluster it is two.",
+    )
     validation_fraction: float = Field(
         0.1, gt=0, le=0.5, description="Part of each class's training images to judge the trials by."
     )

@@ -94,6 +94,7 @@ def test_a_store_without_runs_says_so(capsys: pytest.CaptureFixture[str], tmp_pa
 @pytest.mark.parametrize(
     ("arguments", "message", "exit_code"),
     [
+        ("tune --workers 1000", "workers=1000: Ray has room for ", 2),
         ("tune --trials 0", "trials=0: it should be greater than or equal to 1; use a number from 1 to 10000", 2),
         ("tune --vary colour", 'Invalid value "colour" for --vary', 2),
         (
