@@ -1,6 +1,7 @@
 """What tests share: a few real images, a loopback server that can fail, runs that are ready to publish."""
 
 import copy
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -33,6 +34,14 @@ from pipeline.train import Training, staging
 
 if TYPE_CHECKING:
     from tests.conftest import Splits
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """A Ctrl-C is heard: tests that run in the background of a shell would ignore it, as they should."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 class Loopback:

@@ -43,6 +43,7 @@ def test_what_fails_there_is_not_told_there(wanted: str, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("times", [0, 1, 2])
+@pytest.mark.usefixtures("interruptible")
 def test_a_first_interrupt_is_heard_at_the_end_and_a_second_at_once(times: int) -> None:
     done: list[int] = []
 

@@ -80,6 +80,7 @@ def test_the_recipe_is_the_best_trials_and_a_run_accepts_its_file(tuned: Tuned, 
 
 
 @pytest.mark.parametrize(("number", "raised"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)])
+@pytest.mark.usefixtures("interruptible")
 def test_a_search_that_is_to_end_does(
     store: Store, manifest: Manifest, number: signal.Signals, raised: type[BaseException]
 ) -> None:
