@@ -50,7 +50,7 @@ class Drill:
         started, silences = time.monotonic(), self.silences
         outcome = act()
         if self.silences > silences:
-            outcome += f"; Prefect's API did not answer for 30 s, {self.silences - silences} times"
+            outcome += f"; requests that Prefect's API did not answer within 30 s: {self.silences - silences}"
         self.seen.append((what, time.monotonic() - started, outcome))
         print(f"{what}: {self.seen[-1][1]:.0f} s, {outcome}", flush=True)
 
