@@ -5,7 +5,8 @@ Prefect's server, which takes 4 s, starts beside the imports.
 
 import sys
 
-from pipeline.imports import for_good, undisturbed
+from pipeline.imports import for_good
+from pipeline.signals import undisturbed
 
 
 def main() -> None:

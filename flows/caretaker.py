@@ -59,18 +59,23 @@ def to_give_up(crashed: Iterable[FlowRun], now: datetime) -> list[FlowRun]:
     return [found for found in _deployed(crashed, now) if not 1 <= found.run_count < LIVES]
 
 
-def revive(client: SyncPrefectClient, now: datetime) -> list[UUID]:
+def find_crashed(client: SyncPrefectClient) -> list[FlowRun]:
+    """Flow runs of our deployments that have crashed."""
+    return _find(client, StateType.CRASHED)
+
+
+def revive(client: SyncPrefectClient, crashed: Iterable[FlowRun], now: datetime) -> list[UUID]:
     """Let any worker take up what has crashed; the ids of those flow runs."""
-    ids = to_revive(_find(client, StateType.CRASHED), now)
+    ids = to_revive(crashed, now)
     for flow_run_id in ids:
         client.set_flow_run_state(flow_run_id, AwaitingRetry(), force=True)
         log.info("flow run %s had crashed: it goes on", flow_run_id)
     return ids
 
 
-def give_up(client: SyncPrefectClient, now: datetime) -> list[UUID]:
+def give_up(client: SyncPrefectClient, crashed: Iterable[FlowRun], now: datetime) -> list[UUID]:
     """Let what goes on no more count as failed, and tell people; the ids of those flow runs."""
-    hopeless = to_give_up(_find(client, StateType.CRASHED), now)
+    hopeless = to_give_up(crashed, now)
     for found in hopeless:
         how = f"crashed {found.run_count} times; the last time" if found.run_count else "crashed before it began"
         message = f"{how}: {found.state.message if found.state else ''}"
@@ -145,8 +150,9 @@ def main() -> None:
         log.info("looking after flow runs of %s", client.api_url)
         while True:
             try:
-                revive(client, datetime.now(UTC))
-                give_up(client, datetime.now(UTC))
+                crashed = find_crashed(client)
+                revive(client, crashed, datetime.now(UTC))
+                give_up(client, crashed, datetime.now(UTC))
                 stop_left(client, datetime.now(UTC), seen)
             except (httpx.HTTPError, PrefectException) as error:
                 log.warning("Prefect cannot be asked: %s", error)

@@ -1,7 +1,6 @@
 """The command line: `lenet train` with the flow's parameters, `lenet layers`, and the commands of the files beside."""
 
 import importlib.metadata
-import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ from rich.table import Table
 
 from flows import server
 from flows.data import data
-from flows.display import Display, Lasting
+from flows.display import Display, Lasting, to_nowhere
 from flows.models import export, gc, index, models, promote, reproduce, retention, rollback, verify
 from flows.options import option
 from flows.parameters import with_parameters
@@ -24,8 +23,8 @@ from flows.tune import tune
 from lenet.model import LeNet, layer_table
 from pipeline.config import config_of
 from pipeline.errors import PipelineError, Terminated
-from pipeline.imports import undisturbed
 from pipeline.run import RunConfig, check, ray_ahead
+from pipeline.signals import undisturbed
 
 app = App(
     name="lenet",
@@ -110,7 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"lenet: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except BrokenPipeError:  # whoever read the output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        to_nowhere(sys.stdout)
         sys.exit(128 + signal.SIGPIPE)
     except KeyboardInterrupt as interrupt:
         remedy = "; the same --run-id goes on from the last checkpoint" if given[:1] == ["train"] else ""

@@ -4,7 +4,7 @@ import logging
 import os
 from datetime import timedelta
 from types import TracebackType
-from typing import Self
+from typing import IO, Self
 
 import plotext
 from rich.console import Console, Group
@@ -20,12 +20,17 @@ CHART_SIZE = (76, 16)  # columns and rows
 TABLE_EPOCHS = 12
 
 
+def to_nowhere(file: IO[str]) -> None:
+    """What is written to it from now on is gone: nobody reads it any more."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
+
+
 class Lasting(Console):
     """Outlives whoever reads it: it goes quiet, where Rich would end the process, and the training with it."""
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
-        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
+        to_nowhere(self.file)
 
 
 class Display(logging.Handler):

@@ -4,7 +4,6 @@ import atexit
 import contextlib
 import gc
 import importlib
-import signal
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -27,29 +26,6 @@ def for_good() -> Iterator[None]:
     finally:
         gc.freeze()
         gc.enable()
-
-
-@contextlib.contextmanager
-def undisturbed() -> Iterator[None]:
-    """A first Ctrl-C in the block is heard at its end: in the midst of imports, it comes out as whatever the libraries
-    make of it."""
-    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        yield
-        return
-    heard: list[int] = []
-
-    def note(number: int, _: object) -> None:
-        if heard:
-            raise KeyboardInterrupt
-        heard.append(number)
-
-    before = signal.signal(signal.SIGINT, note)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if heard:
-        raise KeyboardInterrupt
 
 
 def training() -> None:

@@ -28,9 +28,9 @@ from pipeline.cluster import ClusterConfig, check_cluster
 from pipeline.errors import ClusterError, PipelineError, StorageError, Terminated, TrainingError, first_line
 from pipeline.lease import ask_to_stop, lease_key
 from pipeline.progress import OnEpoch, OnNow, followed
+from pipeline.signals import on_signal
 from pipeline.storage import Store, sha256
 from pipeline.train import Training, find_training, staging
-from pipeline.trainer import on_signal
 
 log = logging.getLogger(__name__)
 

@@ -5,6 +5,7 @@ Each step is safe to repeat: it finds what an earlier attempt finished and goes 
 
 import contextlib
 import logging
+from collections.abc import Iterator
 from datetime import datetime
 from functools import cache, partial
 from pathlib import Path
@@ -273,22 +274,24 @@ def tune(config: TuneRunConfig) -> "Tuned":
     import pipeline.tune  # with it comes all of Ray Tune: 2 s that no other command needs
 
     output = Path(config.output).absolute()
-    _write(output, b"")
+    with _writing(output):
+        new = not output.exists()
+        output.open("ab").close()  # what is there stays until there is a better one
+        if new:
+            output.unlink()
     check_cluster(config)
     manifest = prepare(config)
     tuned = pipeline.tune.tune(open_store(config.storage), manifest, config.resolved(), config.seed, config, config)
-    _write(output, encode_recipe(tuned.recipe))
+    with _writing(output):
+        output.write_bytes(encode_recipe(tuned.recipe))
     return tuned
 
 
-def _write(output: Path, recipe: bytes) -> None:
-    """Put the recipe there; nothing, to see that it can be. ConfigError when it cannot."""
+@contextlib.contextmanager
+def _writing(output: Path) -> Iterator[None]:
+    """ConfigError for a file that cannot be written."""
     try:
-        new = not output.exists()
-        with output.open("r+b" if recipe == b"" and not new else "wb") as file:
-            file.write(recipe)
-        if new and not recipe:
-            output.unlink()
+        yield
     except OSError as error:
         raise ConfigError("output", str(output), str(error.strerror), "name a file that can be written") from None
 

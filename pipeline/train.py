@@ -25,8 +25,9 @@ from pipeline.loader import LoadConfig, choose_loading
 from pipeline.progress import ENDED, OnEpoch, OnNow, WriteProgress, followed, tell_epochs
 from pipeline.recipe import TrainConfig
 from pipeline.shards import Manifest
+from pipeline.signals import on_signal
 from pipeline.storage import Store, sha256
-from pipeline.trainer import Trainer, cause_of, mistake_of, on_signal
+from pipeline.trainer import Trainer, cause_of, mistake_of
 from pipeline.worker import RAY_FOLDER, Job, train_worker
 
 log = logging.getLogger(__name__)

@@ -5,12 +5,10 @@ of a core, before any worker is asked for; it would live no longer than this pro
 """
 
 import asyncio
-import contextlib
 import logging
 import re
 import signal
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import ray
@@ -40,29 +38,13 @@ from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 from pipeline import imports
 from pipeline.cluster import placeable, use_interface_of_ray
 from pipeline.errors import PipelineError, Terminated
+from pipeline.signals import on_signal
 
 log = logging.getLogger(__name__)
 
 WITHOUT_WORKERS = (InitializingState, SchedulingState, RestartingState, ReschedulingState)
 DIED = "its worker process has died"
 OUT_OF_MEMORY = re.compile(r"Memory on the node \(IP: ([^,]+),[^)]*\) was (\S+) used / (\S+) limit")
-
-
-@contextlib.contextmanager
-def on_signal(number: signal.Signals, act: Callable[[], None]) -> Iterator[None]:
-    """While the block runs, the signal does this.
-
-    Nothing new outside the main thread, where Python hears none, and for a signal that this process ignores, as shells
-    let what they run in the background ignore Ctrl-C.
-    """
-    if threading.current_thread() is not threading.main_thread() or signal.getsignal(number) is signal.SIG_IGN:
-        yield
-        return
-    before = signal.signal(number, lambda *_: act())
-    try:
-        yield
-    finally:
-        signal.signal(number, before)
 
 
 def mistake_of(failure: Exception) -> PipelineError | None:

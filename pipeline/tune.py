@@ -26,8 +26,8 @@ from pipeline.loader import Place, ResidentLoader, augmented
 from pipeline.memory import keep_memory
 from pipeline.recipe import Hyperparameter, TuneConfig, varied
 from pipeline.shards import Manifest
+from pipeline.signals import on_signal
 from pipeline.storage import Store, open_store
-from pipeline.trainer import on_signal
 from pipeline.worker import evaluate_split, load_share, open_learner
 
 log = logging.getLogger(__name__)

@@ -16,7 +16,18 @@ from prefect.client.schemas.objects import FlowRun, State
 from prefect.states import AwaitingRetry, Cancelled, Crashed, Running
 from prefect.variables import Variable
 
-from flows.caretaker import FORGOTTEN, LIVES, SETTLED, TAG, give_up, revive, stop_left, to_give_up, to_revive
+from flows.caretaker import (
+    FORGOTTEN,
+    LIVES,
+    SETTLED,
+    TAG,
+    find_crashed,
+    give_up,
+    revive,
+    stop_left,
+    to_give_up,
+    to_revive,
+)
 from flows.train_lenet import name_run, train_lenet
 from pipeline.run import RunConfig
 from tests.conftest import free_ports
@@ -74,11 +85,11 @@ def test_what_crashed_too_often_or_never_began_is_given_up_and_people_are_told(
             return found.id
 
         often, never, once = crashed(*[Running()] * LIVES), crashed(), crashed(Running())
-        assert give_up(client, datetime.now(UTC)) == []  # not settled yet
+        assert give_up(client, find_crashed(client), datetime.now(UTC)) == []  # not settled yet
         settled = datetime.now(UTC) + SETTLED
-        assert set(give_up(client, settled)) == {often, never}
-        assert give_up(client, settled) == []
-        assert revive(client, settled) == [once]
+        assert set(give_up(client, find_crashed(client), settled)) == {often, never}
+        assert give_up(client, find_crashed(client), settled) == []
+        assert revive(client, find_crashed(client), settled) == [once]
         states = [client.read_flow_run(found).state for found in (often, never)]
     messages = [
         f"crashed {LIVES} times; the last time: the process is gone",

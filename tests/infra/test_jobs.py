@@ -1,6 +1,5 @@
 """Proves pipeline/jobs.py on the stack's own Ray: what cannot work is one line, within 30 s, and a run has one job."""
 
-import contextlib
 import importlib.metadata
 import json
 import logging
@@ -15,7 +14,6 @@ from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import psutil
 import pytest
 import ray
 from ray.job_submission import JobStatus
@@ -147,7 +145,7 @@ def test_what_the_job_finds_wrong_is_raised_here(
 
 
 def test_a_job_whose_process_is_killed_may_be_tried_again(
-    bucket: Store, address: str, small_manifest: Callable[[Store], Manifest]
+    stack: Running, bucket: Store, address: str, small_manifest: Callable[[Store], Manifest]
 ) -> None:
     work = training(bucket, small_manifest(bucket), "killed", workers=1, epochs=1000)
     raised: list[ClusterError] = []
@@ -161,18 +159,13 @@ def test_a_job_whose_process_is_killed_may_be_tried_again(
     thread = threading.Thread(target=train)
     thread.start()
     wait_for(lambda: bucket.exists(f"{staging('killed')}/progress/00001.json"))
-    [process] = [each for each in psutil.process_iter() if _is_job(each, "killed")]
+    # Not the shell that Ray starts it by.
+    [process] = [each for each in stack.processes('"run_id": "killed"') if each.cmdline()[1] == "-m"]
     process.kill()
     thread.join(60)
     [error] = raised
     assert error.may_pass
     assert str(error) == f"job {work.name}-1 has failed: Job entrypoint command failed with exit code 137"
-
-
-def _is_job(process: psutil.Process, run_id: str) -> bool:
-    with contextlib.suppress(psutil.Error):
-        return process.cmdline()[1:3] == ["-m", "pipeline.job"] and f'"run_id": "{run_id}"' in process.cmdline()[3]
-    return False
 
 
 def test_a_job_finds_its_own_cluster_of_several_on_the_machine(stack: Running, address: str) -> None:

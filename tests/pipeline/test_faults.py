@@ -36,11 +36,11 @@ from pipeline.storage import Store, open_store
 from pipeline.train import Training, find_training, fit, staging
 from pipeline.worker import Job, open_learner, train_worker
 from tests.conftest import Splits, wait_for
+from tests.pipeline.conftest import TOLERANCE
 
 # Long enough to be disturbed, and so gentle that float32's rounding does not grow.
 EPOCHS = 60
 RUN = TrainConfig(epochs=EPOCHS, global_batch_size=64, lr=0.1, seed=3)
-TOLERANCE = 5e-5
 TWO_ON_A_CLUSTER = ClusterConfig(workers=2, gpu="no", ray_address="auto")
 WhenEpoch = Callable[[EpochMetrics], None]
 

@@ -1,6 +1,5 @@
 """Proves that what is imported in the background is there later, and bothers nobody if it is not."""
 
-import signal
 import sys
 import threading
 from collections.abc import Callable
@@ -40,23 +39,3 @@ def test_what_fails_there_is_not_told_there(wanted: str, monkeypatch: pytest.Mon
     done_ahead(fail)
     assert begun == [True] * (wanted == "threading")
     assert told == []
-
-
-@pytest.mark.parametrize("times", [0, 1, 2])
-@pytest.mark.usefixtures("interruptible")
-def test_a_first_interrupt_is_heard_at_the_end_and_a_second_at_once(times: int) -> None:
-    done: list[int] = []
-
-    def interrupted() -> None:
-        with imports.undisturbed():
-            for number in range(times):
-                signal.raise_signal(signal.SIGINT)
-                done.append(number)
-
-    if not times:
-        interrupted()
-    else:
-        with pytest.raises(KeyboardInterrupt):
-            interrupted()
-    assert done == [[], [0], [0]][times]
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -40,12 +40,11 @@ from pipeline.storage import Store, open_store
 from pipeline.train import Training, find_training, fit, staging
 from pipeline.worker import train_worker
 from tests.conftest import processes_with, refusal, wait_for
+from tests.pipeline.conftest import assert_close
 
 Splits = dict[str, tuple[Pixels, Pixels]]
 Weights = dict[str, torch.Tensor]
 
-# After an epoch of 235 steps, workers differ by the order in which float32 gradients were added up. Seen: 3e-6.
-TOLERANCE = 5e-5
 SMALL_RUN = TrainConfig(epochs=12, global_batch_size=64, lr=0.5, seed=3)
 
 
@@ -61,12 +60,6 @@ def weights(store: Store, run_id: str) -> Weights:
     training = find_training(store, run_id)
     assert training is not None
     return safetensors.torch.load(store.read(training.candidate))
-
-
-def assert_close(one: Weights, other: Weights) -> None:
-    assert one.keys() == other.keys()
-    for name in one:
-        torch.testing.assert_close(one[name], other[name], rtol=0, atol=TOLERANCE, msg=name)
 
 
 def plain_training(images: Pixels, labels: Pixels, config: TrainConfig) -> tuple[Weights, list[float]]:

@@ -23,9 +23,9 @@ from pipeline.shards import Manifest, read_rows
 from pipeline.storage import Store, open_store
 from pipeline.train import find_training, fit, staging
 from pipeline.worker import Job, Session, Watch, train_worker
+from tests.pipeline.conftest import assert_close
 
 RUN = TrainConfig(epochs=12, global_batch_size=64, lr=0.5, seed=3)
-TOLERANCE = 5e-5  # of the weights, as in test_train.py
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -43,12 +43,6 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
 @pytest.fixture(scope="module")
 def manifest(store: Store, small_manifest: Callable[[Store], Manifest]) -> Manifest:
     return small_manifest(store)
-
-
-def assert_close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], atol: float = TOLERANCE) -> None:
-    assert one.keys() == other.keys()
-    for name in one:
-        torch.testing.assert_close(one[name], other[name], rtol=0, atol=atol, msg=name)
 
 
 def test_a_schedule_averaged_weights_and_smoothed_labels_reach_the_workers(store: Store, manifest: Manifest) -> None:
