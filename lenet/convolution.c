@@ -1,13 +1,17 @@
-// LeNet's two convolutional layers, forward and backward, for 8 images at a time: one in each lane of a vector.
+// LeNet's two convolutional layers, forward and backward, for LANES images at a time: one in each lane of a vector.
 //
 // With the image innermost, every operation is the same for all lanes, so that no shuffling is needed, and a convolution
-// can do exactly the multiplications it consists of. Sums stay in registers, a tile of them at a time: as many as the 16
-// registers of AVX2 hold, beside factors. fused.py has the layers' order and the rest of the network.
+// can do exactly the multiplications it consists of. Sums stay in registers, a tile of them at a time: as many as the
+// registers hold, beside factors, of which AVX2 has 16 of 8 lanes and AVX-512 32 of 16. fused.py has the layers' order
+// and the rest of the network.
 
 #include <stdint.h>
 #include <string.h>
 
-#define LANES 8
+#ifndef LANES
+#define LANES 8  // or 16, for AVX-512
+#endif
+#define TALL (LANES / 2)  // channels in a tile of the second convolution: the first has 6
 #define FILTER 5
 #define IMAGE 32
 #define SIDE1 28
@@ -19,7 +23,9 @@
 #define FEATURES (CHANNELS2 * SIDE4 * SIDE4)
 #define PADDED (SIDE3 + 2)
 
-#ifdef __x86_64__
+#if defined __x86_64__ && LANES == 16
+#define FOR_PROCESSOR __attribute__((target("avx512f,fma")))
+#elif defined __x86_64__
 #define FOR_PROCESSOR __attribute__((target("avx2,fma")))
 #else
 #define FOR_PROCESSOR
@@ -79,7 +85,7 @@ INLINE void convolve(const Vec *x, int channels, int side, const float *weight, 
     const int to = side - FILTER + 1, next = channels * FILTER * FILTER;
     for (int out = 0; out < outs; out += tall)
         EACH(row, to) for (int col = 0; col < to; col += 2) {
-            Vec sum[6][2];
+            Vec sum[8][2];
             UNROLLED EACH(t, tall) UNROLLED EACH(p, 2) sum[t][p] = all(bias[out + t]);
             EACH(c, channels) EACH(i, FILTER) {
                 const Vec *from = x + (c * side + row + i) * side + col;
@@ -185,7 +191,7 @@ FOR_PROCESSOR void forward(const uint8_t *pixels, int count, int side, float sca
             kept->image[(edge + row) * IMAGE + edge + col][lane] = *pixels++ * scale - shift;
         convolve(kept->image, 1, IMAGE, weight1, bias1, kept->active1, CHANNELS1, 6);
         pool(kept->active1, CHANNELS1, SIDE1, kept->pooled1, activation, largest);
-        convolve(kept->pooled1, CHANNELS1, SIDE2, weight2, bias2, kept->active2, CHANNELS2, 4);
+        convolve(kept->pooled1, CHANNELS1, SIDE2, weight2, bias2, kept->active2, CHANNELS2, TALL);
         pool(kept->active2, CHANNELS2, SIDE3, kept->pooled2, activation, largest);
         EACH(k, FEATURES) EACH(lane, here) features[k * count + start + lane] = kept->pooled2[k][lane];
     }
