@@ -1,7 +1,7 @@
-"""LeNet's convolutions on a CPU by compiled code (convolution.c): 10 us an image on one core with AVX-512, 19 with AVX2,
-and by torch's operations XX.
+"""LeNet's convolutions on a CPU by compiled code (convolution.c), for AVX-512 and for AVX2.
 
-It is compiled for both when the package is installed, if there is a C compiler.
+An image takes 10 us of a core, 19 us, and by torch's operations 34 (AMD Zen 5). It is compiled for both when the
+package is installed, if there is a C compiler.
 """
 
 import ctypes

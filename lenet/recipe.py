@@ -20,8 +20,8 @@ class Recipe:
     the updates of all matrices but the last (Jordan et al., 2024) and leaves the rest to AdamW, without weight decay.
     `schedule`: one-cycle rises in a line over the part `warmup` of all steps and falls to zero along half a cosine.
     `averaging`: decay of the exponential moving average of the weights, which is then the model; 0 is none.
-    `precision`: bfloat16 is that of the factors of convolutions, on GPUs and on processors with AVX512-BF16, which are
-    faster at it; others compute in float32. Weights and updates are float32.
+    `precision`: bfloat16 is that of the factors of convolutions, on a GPU; a CPU computes in float32, which is faster
+    there. Weights and updates are float32.
     """
 
     name: str

@@ -109,7 +109,7 @@ class TrainConfig(BaseModel):
         None, ge=0, lt=1, description="Decay of the moving average of the weights that becomes the model; 0 is none."
     )
     precision: Literal["float32", "bfloat16"] | None = Field(
-        None, description="What to compute gradients in; bfloat16 is faster on GPUs and on processors that have it."
+        None, description="What to compute gradients in; bfloat16 is for GPUs."
     )
     checkpoint_steps: int | None = Field(
         None, ge=1, description="Keep a checkpoint after every so many steps too, not only after every epoch."

@@ -17,7 +17,7 @@ from ray.train.v2._internal.execution.context import get_train_context
 from torch import Tensor
 
 from lenet.compiled import library
-from lenet.fused import multiplies_bfloat16, open_gradient
+from lenet.fused import open_gradient
 from lenet.model import LeNet
 from lenet.optimize import Optimization
 from lenet.recipe import Recipe
@@ -212,8 +212,8 @@ def _begin(job: Job) -> tuple[Session, Position]:
     )
     if session.watch.watchman is not None:
         session.watch.watchman.look()  # a training that was restarted may have been superseded meanwhile
-    if recipe.precision == "bfloat16" and not multiplies_bfloat16(device):
-        log.warning("this processor has no bfloat16 products (AVX512-BF16): computing in float32, which is faster here")
+    if recipe.precision == "bfloat16" and device.type == "cpu" and place.rank == 0:
+        log.warning("bfloat16 is for GPUs: computing in float32, which is faster on a CPU")
     if device.type == "cpu" and library() is None and place.rank == 0:
         able = torch.cpu.get_capabilities().get("avx2")
         why = "install gcc, then: pip install --no-deps --editable ." if able else "they are for AVX2 and FMA"

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 import lenet
 from lenet import compiled
 from lenet.compiled import NEEDS, CompiledConvolutions, library_for
-from lenet.fused import PIECE, Convolutions, FusedGradient, multiplies_bfloat16, open_gradient
+from lenet.fused import PIECE, Convolutions, FusedGradient, open_gradient
 from lenet.model import ACTIVATIONS, POOLINGS, LeNet
 from lenet.recipe import RECIPES
 from lenet.step import Gradient, PlainGradient, evaluate_step, flatten, no_counts
@@ -92,7 +92,7 @@ def test_it_is_autograds(
 def test_in_bfloat16_it_is_no_further_off_than_torchs_own(
     images: Tensor, labels: Tensor, activation: str, pooling: str
 ) -> None:
-    """Whether or not this processor is one it is chosen for. Seen: 0.002 to 0.036, and autocast's 0.004 to 0.037."""
+    """As a GPU does it. Seen: 0.002 to 0.036, and autocast's 0.004 to 0.037."""
 
     def error(of: Tensor) -> float:
         return ((of - exact)[:OF_CONVOLUTIONS].norm() / exact[:OF_CONVOLUTIONS].norm()).item()
@@ -249,8 +249,7 @@ def test_without_them_torchs_operations_do_it(
 def test_it_is_chosen_for_what_the_processor_is_fast_at() -> None:
     model = LeNet()
     assert kind_of(open_gradient(model, flatten(model))) is CompiledConvolutions
-    rough = kind_of(open_gradient(model, flatten(model), bfloat16=True))
-    assert (rough is CompiledConvolutions) != multiplies_bfloat16(torch.device("cpu"))
+    assert kind_of(open_gradient(model, flatten(model), bfloat16=True)) is CompiledConvolutions
     double = LeNet().double()
     assert type(open_gradient(double, flatten(double))) is PlainGradient
 
