@@ -1,4 +1,4 @@
-"""LeNet's gradient written out by hand: the plain step's numbers, 3.5 times as fast on a CPU with AVX-512, 1.2 times on a GPU.
+"""LeNet's gradient written out by hand: the plain step's numbers, 3.5 times as fast by AVX-512, 1.2 times on a GPU.
 
 Convolutions, with their activations and pooling, are on a CPU the compiled ones if they can be had, else those of
 torch's operations. The rest of the network is matrix products, with the image innermost as there. So a GPU adds up in
