@@ -1,7 +1,7 @@
 """How a recipe moves the weights: its optimizers, its schedule, and the average of the weights on the way."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -59,6 +59,57 @@ class Sgd:
         """Take up what `state_dict` gave."""
         buffer = state_dict["state"].get(0, {}).get("momentum_buffer")
         self.buffers = [None if buffer is None else buffer.to(self.flat).clone()]
+
+
+class Muon(torch.optim.Muon):
+    """Torch's, of matrices that are views of one tensor. Ranks that share memory can deal its work out among them.
+
+    On a CPU core a step of LeNet's takes 1.1 ms, where the gradient of a rank's 64 images takes 1.0 ms.
+    """
+
+    others: Sequence[tuple[Tensor, Tensor]] = ()
+    whole: Callable[[], None] | None = None
+
+    def deal(self, flat: Tensor, rank: int, ranks: int, add_up: Callable[[Tensor], object]) -> None:
+        """Leave to each of so many ranks a part of the matrices, all of which have the same gradients.
+
+        `flat`, float32 (parameters,), is what the matrices are views of, and `add_up` replaces such a tensor by the sum
+        of all ranks' in it. To the bit what each would have computed alone: nothing but zeros is added to a number.
+        """
+        matrices = self.param_groups[0]["params"]
+        mine = dealt([min(p.shape) ** 2 * (2 * max(p.shape) + min(p.shape)) for p in matrices], ranks)[rank]
+        known, moved = torch.full_like(flat, rank == 0), torch.empty_like(flat)
+        for index, p in enumerate(matrices):
+            known[p.storage_offset() :][: p.numel()] = index in mine
+        left = [p for index, p in enumerate(matrices) if index not in mine]
+        self.others = [(p, p.grad) for p in left]
+        for p in left:
+            p.grad = None  # torch's step passes over it
+            self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+
+        def whole() -> None:
+            add_up(torch.mul(flat, known, out=moved))
+            flat.copy_(moved)
+
+        self.whole = whole
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        """Move all matrices by their gradients."""
+        group = self.param_groups[0]
+        for p, gradient in self.others:  # a checkpoint is of one rank, and the next start may deal otherwise
+            self.state[p]["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
+        super().step()  # type: ignore[no-untyped-call]
+        if self.whole:
+            self.whole()
+
+
+def dealt(costs: Sequence[float], ranks: int) -> list[list[int]]:
+    """What to leave to each of so many ranks: the dearest first, to whoever has least to do (Graham, 1969)."""
+    hands: list[list[int]] = [[] for _ in range(ranks)]
+    for index in sorted(range(len(costs)), key=lambda index: -costs[index]):
+        min(hands, key=lambda hand: sum(costs[held] for held in hand)).append(index)
+    return hands
 
 
 class Recorded:
@@ -126,6 +177,12 @@ class Optimization:
         self.rates = [optimizer.param_groups[0]["lr"] for optimizer in self.optimizers]
         self.average: Tensor | None = flat.detach().clone() if recipe.averaging else None
 
+    def deal(self, rank: int, ranks: int, add_up: Callable[[Tensor], object]) -> None:
+        """Deal Muon's work, if there is any, out among ranks on CPUs that share memory."""
+        for optimizer in self.optimizers:
+            if isinstance(optimizer, Muon):
+                optimizer.deal(self.flat.detach(), rank, ranks, add_up)
+
     def step(self, number: int) -> None:
         """Do update `number`, counted from 0 over all epochs, with the gradient as it is."""
         rate = self.recipe.lr_at(number, self.steps)
@@ -169,6 +226,13 @@ def _muon(recipe: Recipe, model: LeNet, flat: nn.Parameter) -> list[torch.optim.
         rows.grad = gradient.view_as(rows)
         (matrices if parameter.ndim > 1 and parameter is not model.fc3.weight else rest).append(rows)
     return [
-        torch.optim.Muon(matrices, lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay),
-        torch.optim.AdamW(rest, lr=recipe.lr * ADAMW_LR, betas=ADAMW_BETAS, weight_decay=0, capturable=flat.is_cuda),
+        Muon(matrices, lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay),
+        torch.optim.AdamW(
+            rest,
+            lr=recipe.lr * ADAMW_LR,
+            betas=ADAMW_BETAS,
+            weight_decay=0,
+            capturable=flat.is_cuda,
+            fused=not flat.is_cuda,
+        ),
     ]

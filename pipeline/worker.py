@@ -23,7 +23,7 @@ from lenet.optimize import Optimization
 from lenet.recipe import Recipe
 from lenet.step import Gradient, flatten, metrics_of, no_counts
 from pipeline.checkpoint import FILE_NAME, EpochMetrics, Position, encode_state, load_state
-from pipeline.collective import Sum, open_sum
+from pipeline.collective import SharedSum, Sum, open_sum
 from pipeline.errors import DataError, TrainingError
 from pipeline.lease import Watchman, lease_key
 from pipeline.loader import Loader, Loading, Place, augmented, open_loader
@@ -199,12 +199,15 @@ def _begin(job: Job) -> tuple[Session, Position]:
     )
     tell_log(log, place.store, job.folder, place.rank)
     model, gradient, optimization = open_learner(recipe, manifest, job.seed, device, place.steps)
+    sum_up = open_sum(gradient.total.numel(), device, place.world_size, one_host)
+    if isinstance(sum_up, SharedSum):  # by other ways it costs more than it saves
+        optimization.deal(place.rank, place.world_size, lambda update: sum_up(update, torch.zeros(())))
     session = Session(
         job,
         place,
         model,
         gradient,
-        open_sum(gradient.total.numel(), device, place.world_size, one_host),
+        sum_up,
         optimization,
         open_loader(job.loading, place),
         Watch(job, place),

@@ -3,15 +3,21 @@
 import copy
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lenet.model import LeNet
-from lenet.optimize import ADAMW_BETAS, ADAMW_LR, Optimization, Recorded
+from lenet.optimize import ADAMW_BETAS, ADAMW_LR, Optimization, Recorded, dealt
 from lenet.recipe import RECIPES, Recipe
 from lenet.step import flatten
 
@@ -33,15 +39,18 @@ def gradients(model: nn.Module, step: int) -> dict[str, Tensor]:
 def run(recipe: Recipe, steps: int = STEPS) -> tuple[LeNet, Optimization, list[dict[str, Tensor]]]:
     """So many updates with made-up gradients; the weights after each."""
     model, optimization = open_optimization(recipe)
-    weights = []
+    return model, optimization, list(updates(model, optimization, steps))
+
+
+def updates(model: LeNet, optimization: Optimization, steps: int = STEPS) -> Iterator[dict[str, Tensor]]:
+    """The weights after each update."""
     for step in range(steps):
         for name, value in gradients(model, step).items():
             gradient = model.get_parameter(name).grad
             assert gradient is not None
             gradient.copy_(value)
         optimization.step(step)
-        weights.append({name: value.clone() for name, value in model.state_dict().items()})
-    return model, optimization, weights
+        yield {name: value.clone() for name, value in model.state_dict().items()}
 
 
 def test_the_seed_recipe_takes_the_steps_of_plain_gradient_descent() -> None:
@@ -121,6 +130,55 @@ def test_muon_moves_every_matrix_but_the_last_by_its_own_rule_and_adamw_the_rest
         tolerance = 2e-3 if name in matrices else 1e-6
         torch.testing.assert_close(model.state_dict()[name], value.view_as(model.state_dict()[name]).data,
                                    rtol=0, atol=tolerance)  # fmt: skip
+
+
+@given(costs=st.lists(st.integers(1, 100), max_size=8), ranks=st.integers(1, 5))
+def test_all_work_is_dealt_once_and_no_rank_waits_for_more_than_one_piece(costs: list[int], ranks: int) -> None:
+    hands = dealt(costs, ranks)
+    assert len(hands) == ranks
+    assert sorted(index for hand in hands for index in hand) == list(range(len(costs)))
+    loads = [sum(costs[index] for index in hand) for hand in hands]
+    assert max(loads) - min(loads) <= max(costs, default=0)
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 5])
+def test_ranks_that_share_muons_work_have_what_each_would_have_alone(ranks: int) -> None:
+    """To the bit: weights after every step, average, and all state, as a checkpoint of any of them would keep it. In
+    the middle, they start again from the state of one."""
+    barrier, parts = threading.Barrier(ranks, timeout=60), dict[int, Tensor]()
+
+    def add_up(rank: int, tensor: Tensor) -> None:
+        parts[rank] = tensor.clone()
+        barrier.wait()
+        total = sum(parts[other] for other in range(ranks))
+        barrier.wait()
+        tensor.copy_(total)
+
+    def at_work(rank: int, learner: tuple[LeNet, Optimization]) -> list[dict[str, Tensor]]:
+        model, optimization = learner
+        optimization.deal(rank, ranks, partial(add_up, rank))
+        weights = []
+        for step, after in enumerate(updates(model, optimization), start=1):
+            weights.append(after)
+            if step == STEPS // 2:
+                for optimizer in optimization.optimizers:
+                    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        return weights
+
+    _, alone, expected = run(MODERN)
+    opened = [open_optimization(MODERN) for _ in range(ranks)]
+    with ThreadPoolExecutor(ranks) as pool:
+        for (_, optimization), weights in zip(opened, pool.map(at_work, range(ranks), opened), strict=True):
+            for step, after in enumerate(weights):
+                assert all(torch.equal(after[name], value) for name, value in expected[step].items())
+            assert optimization.average is not None
+            assert alone.average is not None
+            assert torch.equal(optimization.average, alone.average)
+            for ours, theirs in zip(optimization.optimizers, alone.optimizers, strict=True):
+                state, other = ours.state_dict()["state"], theirs.state_dict()["state"]
+                assert state.keys() == other.keys()
+                for index, slots in other.items():
+                    assert all(torch.equal(state[index][name], value) for name, value in slots.items())
 
 
 @pytest.mark.usefixtures("recording")
