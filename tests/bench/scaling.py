@@ -23,7 +23,7 @@ import torch.multiprocessing as mp
 from cyclopts import App, Parameter
 
 from lenet.recipe import RECIPES
-from pipeline.cluster import ClusterConfig
+from pipeline.cluster import LOCAL_RAY_SETTINGS, ClusterConfig
 from pipeline.collective import BackendSum, SharedSum
 from pipeline.download import SourceConfig, fetch
 from pipeline.loader import LoadConfig
@@ -113,7 +113,10 @@ def main(
     with tempfile.TemporaryDirectory() as temporary:
         store = open_store(temporary)
         manifest = write_shards(store, source, ShardConfig())
-        ray.init(address="local", num_cpus=max(WORKERS), include_dashboard=False, log_to_driver=False)
+        ray.init(
+            address="local", num_cpus=max(WORKERS), include_dashboard=False, log_to_driver=False,
+            _system_config=LOCAL_RAY_SETTINGS,
+        )  # fmt: skip
         found = {}
         for batch in BATCHES:
             for workers in WORKERS:
