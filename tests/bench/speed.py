@@ -185,8 +185,8 @@ Train's way is its own Fashion-MNIST example with this LeNet: `prepare_data_load
 matrix product is torch's of 2048 x 2048 float32 on all cores; training takes 2.4 million operations for each image.
 (On AMD's processors torch's product does not use AVX-512, which the convolutions do: they can be faster than it.)
 Processes with nothing in common compute the gradient and no more, with no Ray beside them: two workers can't gain more.
-While `lenet train` trains, in some 6 s, it also imports what comes after, 2 s of a core, which two workers have to share
-and one has not; of training alone, [scaling.md](scaling.md) has two workers over one.
+While `lenet train` trains, in some 6 s, it also imports what comes after, 2 s of a core, which two workers have to
+share and one has not; of training alone, [scaling.md](scaling.md) has two workers over one.
 
 | n = {rounds} | median | range |
 | --- | --- | --- |
