@@ -24,7 +24,7 @@ from lenet.model import LeNet, layer_table
 from pipeline.config import config_of
 from pipeline.errors import PipelineError, Terminated
 from pipeline.run import RunConfig, check, ray_ahead
-from pipeline.signals import undisturbed
+from pipeline.signals import ended_by_sigterm, undisturbed
 
 app = App(
     name="lenet",
@@ -56,17 +56,13 @@ def train(**parameters: Any) -> None:
     config = config_of(parameters, RunConfig)
     check(config)  # the flow does so too, but only once Prefect is up
     server.begin()
-    with ray_ahead(config), Display(Lasting()) as display:
+    # At the end of a flow that SIGTERM has ended, Prefect sends it once more, to whoever heard it before.
+    with ended_by_sigterm(), ray_ahead(config), Display(Lasting()) as display:
         with undisturbed():  # after the server's settings, for it imports prefect
-            from prefect.exceptions import TerminationSignal
-
             from flows.train_lenet import train_lenet
 
         server.require()
-        try:
-            published = train_lenet(**parameters)
-        except TerminationSignal:
-            raise Terminated from None
+        published = train_lenet(**parameters)
     display.console.print(
         f"test accuracy {published.accuracy:.4f} · report: {published.report}", soft_wrap=True, highlight=False
     )

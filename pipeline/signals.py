@@ -5,6 +5,8 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 
+from pipeline.errors import Terminated
+
 
 @contextlib.contextmanager
 def on_signal(number: signal.Signals, act: Callable[[], None]) -> Iterator[None]:
@@ -38,3 +40,22 @@ def undisturbed() -> Iterator[None]:
         yield
     if heard:
         raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM in the block comes out of it as Terminated. Out of Ray's own code, where a signal's handler may run too,
+    only a Ctrl-C comes."""
+    asked: list[bool] = []
+
+    def end() -> None:
+        asked.append(True)
+        raise KeyboardInterrupt
+
+    with on_signal(signal.SIGTERM, end):
+        try:
+            yield
+        except KeyboardInterrupt:
+            if asked:
+                raise Terminated from None
+            raise

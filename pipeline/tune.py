@@ -4,11 +4,9 @@ A trial trains in one process. As training does not depend on the number of work
 run of any size, and a cluster is used better by one trial on each core than by all cores on one trial.
 """
 
-import contextlib
 import logging
-import signal
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,12 +19,11 @@ from ray.tune.schedulers import ASHAScheduler
 from lenet.recipe import Recipe
 from lenet.step import metrics_of
 from pipeline.cluster import ClusterConfig, ray_session
-from pipeline.errors import Terminated
 from pipeline.loader import Place, ResidentLoader, augmented
 from pipeline.memory import keep_memory
 from pipeline.recipe import Hyperparameter, TuneConfig, varied
 from pipeline.shards import Manifest
-from pipeline.signals import on_signal
+from pipeline.signals import ended_by_sigterm
 from pipeline.storage import Store, open_store
 from pipeline.worker import evaluate_split, load_share, open_learner
 
@@ -79,7 +76,7 @@ def tune(
             ),
             run_config=ray.tune.RunConfig(name="tune", storage_path=folder, verbose=0, callbacks=[_Say(config.trials)]),
         )
-        with _ended_by_sigterm():
+        with ended_by_sigterm():
             grid = tuner.fit()
     trials = [
         _trial(result.config or {}, result.metrics)
@@ -91,24 +88,6 @@ def tune(
     # One that was ended early may have been lucky; those that trained to the end are compared with each other.
     trials.sort(key=lambda trial: (trial.epochs, trial.accuracy), reverse=True)
     return Tuned(varied(recipe, {**trials[0].parameters, "name": f"{recipe.name}-tuned"}), trials)
-
-
-@contextlib.contextmanager
-def _ended_by_sigterm() -> Iterator[None]:
-    """Raises Terminated; out of Ray's own code, which hears a signal's handler too, only a Ctrl-C comes."""
-    asked: list[bool] = []
-
-    def end() -> None:
-        asked.append(True)
-        raise KeyboardInterrupt
-
-    with on_signal(signal.SIGTERM, end):
-        try:
-            yield
-        except KeyboardInterrupt:
-            if asked:
-                raise Terminated from None
-            raise
 
 
 def _train(

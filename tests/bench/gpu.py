@@ -163,7 +163,7 @@ def main(
             "seed in bfloat16": train(data, "rough", recipe="seed", precision="bfloat16"),
             "seed, batches of 4,096": train(data, "large", recipe="seed", global_batch_size=4096),
         }
-        run_ours(root / "warm-up", 1, "--workers", "1", "--gpu", "yes")  # Prefect's database, bytecode
+        run_ours(root / "warm-up", 1, "--gpu", "yes", workers=1)  # Prefect's database, bytecode
         measured: dict[str, list[float]] = {"textbook": [], "tensors": [], "ours": []}
         whole: list[Ours] = []
         train_x, train_y, test_x, test_y = (
@@ -177,7 +177,7 @@ def main(
                 ("tensors", tensor_loop(train_x, train_y.long(), (test_x, test_y.long()), 4, 0)),
             ):
                 measured[name].append(IMAGES / min(epoch.seconds for epoch in history))
-            whole.append(run_ours(root / f"round-{number}", 10, "--workers", "1", "--gpu", "yes"))
+            whole.append(run_ours(root / f"round-{number}", 10, "--gpu", "yes", workers=1))
             measured["ours"].append(whole[-1].rate)
             print({name: round(values[-1]) for name, values in measured.items()}, whole[-1], flush=True)
     output.write_text(report(apart, modern, others, measured, whole))

@@ -142,10 +142,10 @@ class Ours:
     rate: float
 
 
-def run_ours(store: Path, epochs: int, workers: int = 2) -> Ours:
+def run_ours(store: Path, epochs: int, *options: str, workers: int = 2) -> Ours:
     """Run the command, and hear what it says when."""
     lenet = str(Path(sys.executable).with_name("lenet"))
-    command = [lenet, "train", "--epochs", str(epochs), "--storage", str(store), "--workers", str(workers)]
+    command = [lenet, "train", "--epochs", str(epochs), "--storage", str(store), "--workers", str(workers), *options]
     started, at, line = time.perf_counter(), dict[str, float](), ""
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         for line in process.stdout or ():

@@ -4,7 +4,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from prefect.testing.utilities import prefect_test_harness
 
 from pipeline.publish import find_run, read_latest
 from pipeline.storage import open_store
-from pipeline.train import staging
+from pipeline.train import find_training, staging
 from tests.conftest import processes_with, wait_for
 
 BIN = Path(sys.executable).parent
@@ -56,15 +56,19 @@ class Ended:
     err: str
 
 
+EPOCHS = 12
+
+
 @dataclass(frozen=True)
 class GoneOn:
-    """A run of three epochs, `r`: interrupted after the first, and gone on with by the same command."""
+    """A run, `r`, by three times the same command: the first ended by Ctrl-C and the second by SIGTERM, before training
+    was over."""
 
     storage: str
     first: Ended
-    published_by_the_first: bool
     second: Ended
-    shards_written_by_the_second: list[Path]
+    third: Ended
+    shards_written_again: list[Path]
 
 
 @pytest.fixture
@@ -78,29 +82,30 @@ def prefect() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def gone_on(tmp_path_factory: pytest.TempPathFactory) -> GoneOn:
-    """It takes a minute, so it is there once. Neither command leaves a process behind."""
+    """It takes a minute, so it is there once. No command leaves a process behind."""
     folder = tmp_path_factory.mktemp("gone-on")
     command = Command(folder)
     store = open_store(command.storage)
 
-    def run(interrupted: bool) -> Ended:
-        process = command.start("--epochs", "3", "--run-id", "r")
+    def run(after: int, end: Callable[[int], None]) -> Ended:
+        process = command.start("--epochs", str(EPOCHS), "--run-id", "r")
         try:
-            if interrupted:
-                wait_for(lambda: store.exists(f"{staging('r')}/progress/00001.json"))
-                os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of the foreground
+            wait_for(lambda: store.exists(f"{staging('r')}/progress/{after:05}.json"))
+            end(process.pid)
             out, err = process.communicate(timeout=600)
         finally:
             process.kill()
         wait_for(lambda: not command.processes())
         return Ended(process.returncode, out, err)
 
-    first = run(interrupted=True)
-    published = find_run(store, "r") is not None or read_latest(store) is not None
+    first = run(1, lambda pid: os.killpg(pid, signal.SIGINT))  # as a terminal does: to all of the foreground
     before = shards(folder)
-    second = run(interrupted=False)
+    second = run(4, lambda pid: os.kill(pid, signal.SIGTERM))
+    assert find_training(store, "r") is None
+    assert find_run(store, "r") is read_latest(store) is None
+    third = run(EPOCHS, lambda pid: None)
     written = [path for path, when in shards(folder).items() if before.get(path) != when]
-    return GoneOn(command.storage, first, published, second, written)
+    return GoneOn(command.storage, first, second, third, written)
 
 
 def shards(folder: Path) -> dict[Path, int]:

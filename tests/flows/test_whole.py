@@ -11,30 +11,31 @@ from pipeline.publish import read_latest, verify_run
 from pipeline.storage import open_store
 from pipeline.train import find_training
 from tests.conftest import wait_for
-from tests.flows.conftest import Command, GoneOn
+from tests.flows.conftest import EPOCHS, Command, GoneOn
 
 BIN = Path(sys.executable).parent
 
 
-def test_ctrl_c_leaves_nothing_and_the_same_run_id_goes_on_to_a_published_report(gone_on: GoneOn) -> None:
-    first, second, store = gone_on.first, gone_on.second, open_store(gone_on.storage)
-    assert (first.returncode, first.err) == (
-        130,
-        "lenet: interrupted; the same --run-id goes on from the last checkpoint\n",
-    ), first.out
-    assert not gone_on.published_by_the_first
+def test_ctrl_c_and_sigterm_leave_nothing_and_the_same_run_id_goes_on_to_a_published_report(gone_on: GoneOn) -> None:
+    interrupted = "lenet: interrupted; the same --run-id goes on from the last checkpoint\n"
+    first, second, third, store = gone_on.first, gone_on.second, gone_on.third, open_store(gone_on.storage)
+    assert (first.returncode, first.err) == (130, interrupted), first.out
+    assert (second.returncode, second.err) == (143, interrupted), second.out
+    assert (third.returncode, third.err) == (0, "")
+    begun = [re.findall(r"from epoch (\d+), step", ended.out) for ended in (first, second, third)]
+    assert [len(set(ranks)) for ranks in begun] == [1, 1, 1]
+    assert 1 == int(begun[0][0]) < int(begun[1][0]) < int(begun[2][0])
 
-    assert (second.returncode, second.err) == (0, "")
     manifest = verify_run(store, "r")
-    lines = second.out.splitlines()
+    lines = third.out.splitlines()
     assert lines[-1] == f"test accuracy {manifest.accuracy:.4f} · report: {gone_on.storage}/runs/r/report.html"
     step = r" *(run|download|shards|train|worker|evaluate|publish|registry|index)  \S|test accuracy "
-    assert all(re.match(step, line) for line in lines), second.out
-    assert "lenet version 1 (r) is the new champion: there was no champion before" in second.out
+    assert all(re.match(step, line) for line in lines), third.out
+    assert "lenet version 1 (r) is the new champion: there was no champion before" in third.out
     training = find_training(store, "r")
     assert training is not None
-    assert [epoch.epoch for epoch in training.history] == [1, 2, 3]
-    assert gone_on.shards_written_by_the_second == []
+    assert [epoch.epoch for epoch in training.history] == list(range(1, EPOCHS + 1))
+    assert gone_on.shards_written_again == []
     latest = read_latest(store)
     assert latest is not None
     assert latest.run_id == "r"
@@ -42,7 +43,7 @@ def test_ctrl_c_leaves_nothing_and_the_same_run_id_goes_on_to_a_published_report
         [BIN / "lenet", "runs", "--storage", gone_on.storage], capture_output=True, text=True, check=True
     )
     run_id, state, dataset, recipe, epochs, _, accuracy, *_ = listed.stdout.splitlines()[-1].split()
-    assert (run_id, state, dataset, recipe, epochs) == ("r", "published", "fashion-mnist", "seed", "3/3")
+    assert (run_id, state, dataset, recipe, epochs) == ("r", "published", "fashion-mnist", "seed", f"{EPOCHS}/{EPOCHS}")
     assert accuracy == f"{manifest.accuracy:.4f}"
 
 
