@@ -26,7 +26,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.ahead import Result, Task, in_order
 from pipeline.errors import ClusterError, ConfigError, first_line
-from pipeline.storage import outage_s
+from pipeline.storage import patience_s
 
 log = logging.getLogger(__name__)
 
@@ -44,9 +44,6 @@ RAY_TRAIN_SETTINGS = {
 # Ray's workers give way to all other processes, at niceness 15. On a machine of one's own, with three that were busy on
 # two cores, training had not begun after 130 s; this way, after 18. No variable: other threads read the environment.
 LOCAL_RAY_SETTINGS = {"worker_niceness": 0}
-
-# For a rank that does not report others wait no longer, instead of for ever; longer than it may wait for the store.
-SILENT_S, BEYOND_OUTAGE_S = 120, 60
 
 _connecting = threading.Lock()
 _wanted_no_more = threading.Event()  # the Ray that was started ahead
@@ -240,8 +237,7 @@ def ray_session(config: ClusterConfig) -> Iterator[bool]:
     answer or grow, ConfigError when the workers do not fit.
     """
     local = config.ray_address is None
-    silent_s = max(SILENT_S, outage_s() + BEYOND_OUTAGE_S)
-    with _defaults(RAY_TRAIN_SETTINGS | {"RAY_TRAIN_COLLECTIVE_TIMEOUT_S": str(silent_s)}):
+    with _defaults(RAY_TRAIN_SETTINGS | {"RAY_TRAIN_COLLECTIVE_TIMEOUT_S": str(patience_s())}):  # not for ever
         with _connecting:
             started = not ray.is_initialized()
             if started:

@@ -34,6 +34,7 @@ S3_CONNECT_TIMEOUT_S = 5
 S3_READ_TIMEOUT_S = 15
 S3_ATTEMPTS = 2  # by s3fs, when a server breaks off or errs in the middle of a call; botocore retries once in each
 S3_OUTAGE_S = 30  # how long a server that is not there is waited for, a restart; LENET_S3_OUTAGE_S says otherwise
+SILENT_S, BEYOND_OUTAGE_S = 120, 60
 S3_OUTAGE_POLL_S = 0.5
 
 CONFLICTS = 6  # tries of a conditional write that meets another, 3 s in all
@@ -210,6 +211,11 @@ def outage_s() -> float:
     if not seconds >= 0:
         raise ConfigError("LENET_S3_OUTAGE_S", said, "a number of seconds, 0 or more", f"use {S3_OUTAGE_S}")
     return seconds
+
+
+def patience_s() -> int:
+    """Seconds after which nobody waits any longer for another process, which may be waiting for the store."""
+    return round(max(SILENT_S, outage_s() + BEYOND_OUTAGE_S))
 
 
 class PatientS3FileSystem(s3fs.S3FileSystem):  # type: ignore[misc]  # s3fs has no types

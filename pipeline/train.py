@@ -17,7 +17,6 @@ from torch import Tensor
 from lenet.model import LeNet, fold_standardise
 from pipeline.checkpoint import FILE_NAME, History, Position, encode_model, read_state
 from pipeline.cluster import ClusterConfig, ray_session
-from pipeline.collective import PATIENCE_S
 from pipeline.documents import find_document, keep_document
 from pipeline.errors import DataError, PipelineError, Terminated, TrainingError
 from pipeline.lease import Hold, held, lease_key
@@ -26,7 +25,7 @@ from pipeline.progress import ENDED, OnEpoch, OnNow, WriteProgress, followed, te
 from pipeline.recipe import TrainConfig
 from pipeline.shards import Manifest
 from pipeline.signals import on_signal
-from pipeline.storage import Store, sha256
+from pipeline.storage import Store, patience_s, sha256
 from pipeline.trainer import Trainer, cause_of, mistake_of
 from pipeline.worker import RAY_FOLDER, Job, train_worker
 
@@ -193,7 +192,7 @@ def _run_workers(
         train_worker,
         train_loop_config={"job": job},
         local=cluster.ray_address is None,
-        timeout_s=PATIENCE_S,
+        timeout_s=patience_s(),
         end_asked=end_asked,
         kept=lambda: progress.kept,
         scaling_config=ray.train.ScalingConfig(

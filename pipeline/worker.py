@@ -216,11 +216,11 @@ def _begin(job: Job) -> tuple[Session, Position]:
     if session.watch.watchman is not None:
         session.watch.watchman.look()  # a training that was restarted may have been superseded meanwhile
     if recipe.precision == "bfloat16" and device.type == "cpu" and place.rank == 0:
-        log.warning("bfloat16 is for GPUs: computing in float32, which is faster on a CPU")
+        log.warning("bfloat16 is for GPUs: computing in float32")
     if device.type == "cpu" and library() is None and place.rank == 0:
         able = torch.cpu.get_capabilities().get("avx2")
         why = "install gcc, then: pip install --no-deps --editable ." if able else "they are for AVX2 and FMA"
-        log.warning("no compiled convolutions, so about half as fast; %s", why)
+        log.warning("no compiled convolutions, so at half the speed or less; %s", why)
     position = _restore(session)
     log.info(
         "on %s of %s, images %s, from epoch %d, step %d",
@@ -340,8 +340,11 @@ def _restore(session: Session) -> Position:
 
 def _save(session: Session, position: Position, metrics: dict[str, Any]) -> None:
     """Hand metrics to Ray with, from rank 0, a checkpoint that is stored while training goes on. Every rank has to
-    call it: a barrier."""
+    call it: a barrier, from which all go on with the same weights."""
     session.watch.saved()
+    session.sum_up.align(session.optimization.flat.detach())
+    if session.optimization.average is not None:
+        session.sum_up.align(session.optimization.average)
     # Ray Train takes in a report every RAY_TRAIN_HEALTH_CHECK_INTERVAL_S, and would let any number wait in memory.
     context = get_train_context()
     with context.report_order_condition:

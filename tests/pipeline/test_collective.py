@@ -2,6 +2,7 @@
 time when one does not come. Real processes, torch's own all-reduce beside it."""
 
 import os
+import resource
 import time
 from pathlib import Path
 
@@ -49,8 +50,8 @@ def add_up(rank: int, world_size: int, folder: Path) -> None:
 def stay_away(rank: int, world_size: int, folder: Path) -> None:
     """The last rank leaves after three turns; the others say so."""
     join(rank, world_size, folder / "again")
-    collective.PATIENCE_S = 1
     sum_up = SharedSum(10)
+    sum_up.patience_s = 1
     for _ in range(3):
         sum_up(torch.ones(10), torch.zeros(()))
     if rank == world_size - 1:
@@ -90,6 +91,17 @@ def add_up_by_backend(rank: int, world_size: int, folder: Path) -> None:
             word = sum_up(tensor, torch.tensor(float("nan") if turn == rank == 1 else 0.5))
             torch.testing.assert_close(tensor, torch.full((10,), float(sum(range(world_size)))))
             assert word.isnan() if turn == 1 else word == 0.5 * world_size
+        # As where processors differ, all go on with what rank 0 has.
+        weights = torch.full((10,), float(rank))
+        sum_up.align(weights)
+        assert weights.tolist() == [0.0] * 10
+    # And where shared memory is full, which nobody may hear of by SIGBUS.
+    collective.SHARED_MEMORY = folder
+    before, limits = set(folder.iterdir()), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (SIZE, limits[1]))
+    assert isinstance(open_sum(SIZE, torch.device("cpu"), world_size, one_host=True), BackendSum)
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert set(folder.iterdir()) <= before
     assert not list(own.iterdir())
     dist.destroy_process_group()  # its threads would outlive what they work on, and crash a process that ends
     (folder / f"{rank}.seen").touch()
