@@ -94,7 +94,9 @@ clean:
 	rm -rf .venv
 
 .venv/runs: pyproject.toml requirements.lock lenet/convolution.c
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("make: Python 3.11 or newer is needed; name one: make $(or $(MAKECMDGOALS),run) PYTHON=python3.11")'
 	@echo "setting up .venv (about 3 minutes the first time; PyTorch is large)"
+	@$(BIN)/python -c 'import sys; sys.exit("%d.%d" % sys.version_info[:2] != "$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')")' 2>/dev/null || rm -rf .venv
 	$(PYTHON) -m venv .venv
 	$(call install,.)
 

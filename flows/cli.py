@@ -15,7 +15,7 @@ from flows import server
 from flows.data import data
 from flows.display import Display, Lasting, to_nowhere
 from flows.models import export, gc, index, models, promote, reproduce, retention, rollback, verify
-from flows.options import option
+from flows.options import option, whole
 from flows.parameters import with_parameters
 from flows.predict import predict
 from flows.runs import runs
@@ -70,7 +70,9 @@ def train(**parameters: Any) -> None:
 
 @app.command
 def layers(
-    *, image_size: Literal[28, 32] = 28, classes: Annotated[int, Parameter(validator=Number(gte=2, lte=1000))] = 10
+    *,
+    image_size: Literal[28, 32] = 28,
+    classes: Annotated[int, Parameter(validator=Number(gte=2, lte=1000), converter=whole)] = 10,
 ) -> None:
     """Print LeNet's layers with their output shapes and parameter counts.
 

@@ -14,7 +14,7 @@ import pipeline.reproduce
 import pipeline.retention
 import pipeline.verify
 from flows.display import Display, Lasting
-from flows.options import DEFAULT_STORAGE, Storage, option, plain_console
+from flows.options import DEFAULT_STORAGE, Storage, option, plain_console, whole
 from flows.parameters import with_parameters
 from pipeline.config import config_of
 from pipeline.errors import DataError
@@ -57,7 +57,8 @@ def models(*, storage: Storage = DEFAULT_STORAGE) -> None:
 
 
 def promote(
-    version: Annotated[int, Parameter(validator=Number(gte=1))],
+    version: Annotated[int, Parameter(validator=Number(gte=1), converter=whole)],
+    /,
     *,
     model: Model = DEFAULT_MODEL,
     storage: Storage = DEFAULT_STORAGE,
@@ -84,6 +85,8 @@ def rollback(*, model: Model = DEFAULT_MODEL, storage: Storage = DEFAULT_STORAGE
 def index(*, storage: Storage = DEFAULT_STORAGE) -> None:
     """Write the page of all runs, index.html in the store, anew. Every run and every change of champion does so."""
     store = open_store(storage)
+    if not (store.exists(INDEX) or store.keys("runs") or store.keys("models")):
+        raise DataError(f"no run yet: {store}")
     write_index(store)
     print(store.locate(INDEX))
 

@@ -1,9 +1,11 @@
 """What the commands have in common: how a field of a configuration becomes an option, the option for the store, and how
 lists are printed."""
 
-from typing import Annotated, Any
+import re
+from collections.abc import Sequence
+from typing import Annotated, Any, get_args
 
-from cyclopts import Parameter
+from cyclopts import Parameter, Token
 from pydantic.fields import FieldInfo
 from rich.console import Console
 
@@ -17,7 +19,22 @@ PIPE_WIDTH = 240
 
 def option(field: FieldInfo, text: str) -> Any:
     """The annotation of a field's option, with this help text."""
-    return Annotated[field.annotation, Parameter(help=text)]
+    kinds = {field.annotation, *get_args(field.annotation)}
+    read = (_whole_or_text if str in kinds else whole) if int in kinds else None
+    return Annotated[field.annotation, Parameter(help=text, converter=read)]
+
+
+def whole(_: Any, tokens: Sequence[Token]) -> int:
+    """The whole number that was given: cyclopts rounds others, 0.4 to 0. ValueError for them."""
+    number = _whole_or_text(_, tokens)
+    if isinstance(number, str):
+        raise ValueError(f'"{number}" is no whole number')
+    return number
+
+
+def _whole_or_text(_: Any, tokens: Sequence[Token]) -> int | str:
+    text = tokens[0].value
+    return int(text) if re.fullmatch(r"[+-]?\d+", text, re.ASCII) else text
 
 
 def plain_console() -> Console:

@@ -15,6 +15,8 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
+from collections.abc import Mapping
 from typing import IO, NamedTuple
 
 from pipeline.errors import ConfigError, first_line
@@ -51,13 +53,28 @@ class Started(NamedTuple):
     output: IO[bytes]
 
 
+def past_proxies(variables: Mapping[str, str]) -> dict[str, str]:
+    """What to add to a shell's variables so that no proxy is asked for what is on this machine."""
+    if not any(name.lower().endswith("_proxy") for name in variables):
+        return {}
+    spared = variables.get("no_proxy") or variables.get("NO_PROXY") or ""
+    value = ",".join(dict.fromkeys([*filter(None, spared.split(",")), "127.0.0.1", "localhost"]))
+    return {"no_proxy": value, "NO_PROXY": value}
+
+
 @functools.cache
 def begin() -> Started | None:
     """Start it, unless the user has one."""
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
-    from prefect.context import refresh_global_settings_context
-    from prefect.settings import get_current_settings
+    warnings.filterwarnings("ignore", category=UserWarning, module="prefect")  # what is wrong there is told in a line
+    try:
+        from prefect.context import refresh_global_settings_context
+        from prefect.settings import get_current_settings
+    except (ValueError, OSError) as error:
+        home = os.environ.get("PREFECT_HOME", "~/.prefect")
+        rule = f"Prefect's settings cannot be read ({first_line(error)})"
+        raise ConfigError("PREFECT_HOME", home, rule, "mend its profiles.toml, or the PREFECT_ variables") from None
 
     if get_current_settings().api.url is not None:
         return None

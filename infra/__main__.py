@@ -7,6 +7,7 @@ supervisor keeps the parts running: one that dies is started again.
 
 import json
 import os
+import shlex
 import socket
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from supervisor.xmlrpc import SupervisorTransport
 
 from flows.options import option
 from flows.parameters import with_parameters
+from flows.server import past_proxies
 from infra.stack import AT_ONCE, BIN, BUCKET, MARK, NODES, PARTS, ROOT, Stack, configuration, environment, inherited
 from pipeline.config import config_of
 from pipeline.errors import ClusterError, ConfigError, PipelineError, StorageError, first_line
@@ -44,7 +46,7 @@ def up(stack: Stack) -> None:
     if _supervisor(stack) is not None and (running := _found(stack.folder)) != stack:
         stack = running  # a second call need not repeat the options of the first
     if _supervisor(stack) is None:
-        _require_short_path(stack)
+        _require_usable_path(stack)
         _require_free_ports(stack)
         for part in ("logs", "s3", "prefect"):
             (stack.folder / part).mkdir(parents=True, exist_ok=True)
@@ -124,7 +126,10 @@ def _found(folder: Path) -> Stack:
     return Stack.model_validate({name: kept[name] for name in Stack.model_fields if name in kept})
 
 
-def _require_short_path(stack: Stack) -> None:
+def _require_usable_path(stack: Stack) -> None:
+    if shlex.quote(sys.executable) != sys.executable:
+        rule = "Ray starts no workers from a path with spaces or quotes"
+        raise ConfigError("python", sys.executable, rule, "move the checkout, and set .venv up anew")
     if len(str(stack.folder.absolute())) > PATH_LENGTH:
         rule = f"the whole path may have {PATH_LENGTH} characters, for the kernel's sake: a socket is kept there"
         raise ConfigError("folder", str(stack.folder.absolute()), rule, "choose a shorter one with --folder")
@@ -265,6 +270,7 @@ def main(arguments: list[str] | None = None) -> None:
         """Stop the stack; data and logs stay."""
         down(_found(folder))
 
+    os.environ.update(past_proxies(os.environ))
     try:
         app(sys.argv[1:] if arguments is None else arguments)
     except CycloptsError as error:

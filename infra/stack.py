@@ -3,6 +3,7 @@
 Everything is kept in one folder: logs, data, credentials, and `env`, which a shell reads to use the stack.
 """
 
+import os
 import secrets
 import shlex
 import sys
@@ -11,6 +12,8 @@ from configparser import RawConfigParser
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from flows.server import past_proxies
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
@@ -113,6 +116,7 @@ def environment(stack: Stack) -> dict[str, str]:
         "RAY_AUTH_TOKEN_PATH": str(token.absolute()),
         "LENET_STORAGE": stack.storage,
         "LENET_RAY_ADDRESS": stack.ray_jobs,
+        **past_proxies(os.environ),
     }
     _write_private(file, "".join(f"export {name}={shlex.quote(value)}\n" for name, value in found.items()))
     if not token.exists():

@@ -4,7 +4,9 @@ import contextlib
 import logging
 import os
 import re
+import shlex
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -352,6 +354,11 @@ def _connect(config: ClusterConfig) -> None:
     if config.ray_address is None:
         resources = local_resources()
         cpus, gpus = int(resources["CPU"]), int(resources["GPU"])
+        # Ray gives a shell the path as it is, for workers that have variables of their own: there the training would
+        # wait for ever.
+        python = shlex.quote(sys.executable)
+        if python != sys.executable:
+            quiet["runtime_env"] = {"py_executable": python}
         ray.init(
             address="local",
             num_cpus=cpus,

@@ -33,7 +33,9 @@ def assert_one_line(capsys: pytest.CaptureFixture[str], message: str) -> None:
     [
         ("--dataset cifar", "dataset='cifar': not one of fashion-mnist, mnist", 2),
         ("--epochs 0", "epochs=0: it should be greater than or equal to 1; use a number from 1 to 10000", 2),
-        ("--epochs ten", 'Invalid value for --epochs: unable to convert "ten" into int.', 2),
+        ("--epochs ten", 'Invalid value for --epochs: "ten" is no whole number', 2),
+        ("--epochs 2.5", 'Invalid value for --epochs: "2.5" is no whole number', 2),
+        ("--workers 2.5", "workers='2.5': it should be auto, a number from 1 to 10000 or a range of them;", 2),
         ("--epoch 3", "Unknown option: --epoch. Did you mean --epochs?", 2),
         ("--global-batch-size 0", "global_batch_size=0: it should be greater than or equal to 1;", 2),
         (
@@ -109,6 +111,10 @@ def test_a_store_without_runs_says_so(capsys: pytest.CaptureFixture[str], tmp_pa
         ),
         ("tune --validation-fraction 0", "validation_fraction=0.0: it should be greater than 0; use a number", 2),
         ("runs compare one other", "", 1),
+        ("index", "no run yet: ", 1),
+        ("promote 1.5", '"1.5" is no whole number', 2),
+        ("promote", 'Command "promote" parameter VERSION requires an argument.', 2),
+        ("retention --keep-days 0.7", 'Invalid value for --keep-days: "0.7" is no whole number', 2),
     ],
 )
 def test_a_mistake_in_another_command_costs_a_line_too(

@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -39,6 +40,7 @@ from pipeline.cluster import (
 from pipeline.errors import ClusterError, ConfigError
 from tests.conftest import free_ports, processes_with
 
+ROOT = Path(__file__).parents[2]
 Node = dict[str, float]
 KEY, NAMESPACE = b"CLUSTER_METADATA", b"cluster"  # where a head keeps what it runs
 
@@ -162,6 +164,29 @@ def test_values_out_of_bounds_are_refused(field: str, value: object) -> None:
 def test_the_workers_of_a_local_ray_do_not_give_way_to_other_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_worker_niceness")  # set for all tests
     assert list(run_on_ray(ClusterConfig(workers=1, gpu="no"), os.nice, [0])) == [os.nice(0)]
+
+
+SPACED = """
+import ray
+from pipeline.cluster import ClusterConfig, ray_session
+
+@ray.remote(runtime_env={"env_vars": {"SAID": "so"}})
+def said():
+    import os, sys
+    return os.environ["SAID"], sys.executable
+
+with ray_session(ClusterConfig(workers=1, gpu="no")):
+    print(*ray.get(said.remote(), timeout=120), sep="|")
+"""
+
+
+def test_workers_with_variables_of_their_own_start_from_a_path_with_spaces(tmp_path: Path) -> None:
+    """As Ray Train's do."""
+    folder = tmp_path / "it's a folder"
+    folder.symlink_to(Path(sys.prefix))
+    python = str(folder / "bin" / "python")
+    done = subprocess.run([python, "-c", SPACED], capture_output=True, text=True, timeout=300, cwd=ROOT)
+    assert done.stdout == f"so|{python}\n", done.stderr
 
 
 @pytest.fixture(scope="module")
