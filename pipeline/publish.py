@@ -132,7 +132,7 @@ def publish(
             EVENTS: render_events(training.history),
             "report.json": report.model_dump_json(indent=2).encode(),
             "report.html": render_html(report, list(mistakes)).encode(),
-            CARD: render_card(report).encode(),
+            CARD: render_card(report, manifest.image_shape[0]).encode(),
         }
         kept = {name: store.keep(f"{folder}/{name}", data) for name, data in rendered.items()}
         artifacts |= {name: artifact_of(data) for name, data in kept.items()}

@@ -180,7 +180,7 @@ def _undecided(logits: Logits) -> int:
 def _render_again(store: Store, run: RunManifest, dataset: Manifest, report: Report) -> str:
     """Have page and card made of the report again. Other versions of this code may make others of it."""
     mistakes = pick_images(store, dataset, "test", [mistake.row for mistake in report.evaluation.mistakes])
-    again = {PAGE: render_html(report, list(mistakes)), CARD: render_card(report)}
+    again = {PAGE: render_html(report, list(mistakes)), CARD: render_card(report, dataset.image_shape[0])}
     other = [name for name, text in again.items() if artifact_of(text.encode()) != run.artifacts[name]]
     if not other:
         return f"{PAGE} and {CARD} say what report.json says"
