@@ -26,7 +26,7 @@ from pipeline.errors import ConfigError, DataError
 from pipeline.evaluate import Evaluation, exported_key, load_model
 from pipeline.promotion import Comparison
 from pipeline.report import Report, facts_of, render_events, render_html
-from pipeline.shards import Manifest, pick_images
+from pipeline.shards import Manifest, pick_rows
 from pipeline.storage import Store, sha256
 from pipeline.train import Training, staging
 
@@ -127,7 +127,7 @@ def publish(
     if find_run(store, run_id) is None:
         artifacts = _copy_evaluated(store, run_id, evaluation)
         report = _report(store, run_id, parameters, versions, lineage, manifest, training, evaluation, comparison)
-        mistakes = pick_images(store, manifest, "test", [mistake.row for mistake in evaluation.mistakes])
+        mistakes, _ = pick_rows(store, manifest, "test", [mistake.row for mistake in evaluation.mistakes])
         rendered = {
             EVENTS: render_events(training.history),
             "report.json": report.model_dump_json(indent=2).encode(),

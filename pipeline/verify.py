@@ -31,7 +31,7 @@ from pipeline.publish import (
 )
 from pipeline.registry import check_version, find_place
 from pipeline.report import Report, facts_of, render_html
-from pipeline.shards import Manifest, pick_images, require_manifest
+from pipeline.shards import Manifest, pick_rows, require_manifest
 from pipeline.storage import Store
 
 PAGE = "report.html"
@@ -179,7 +179,7 @@ def _undecided(logits: Logits) -> int:
 
 def _render_again(store: Store, run: RunManifest, dataset: Manifest, report: Report) -> str:
     """Have page and card made of the report again. Other versions of this code may make others of it."""
-    mistakes = pick_images(store, dataset, "test", [mistake.row for mistake in report.evaluation.mistakes])
+    mistakes, _ = pick_rows(store, dataset, "test", [mistake.row for mistake in report.evaluation.mistakes])
     again = {PAGE: render_html(report, list(mistakes)), CARD: render_card(report, dataset.image_shape[0])}
     other = [name for name, text in again.items() if artifact_of(text.encode()) != run.artifacts[name]]
     if not other:
