@@ -136,6 +136,9 @@ def publish(
         }
         kept = {name: store.keep(f"{folder}/{name}", data) for name, data in rendered.items()}
         artifacts |= {name: artifact_of(data) for name, data in kept.items()}
+        # Events hold the time. Other code may have begun to publish, or have come to the disk since this was loaded.
+        alike = all(kept[name] == rendered[name] for name in rendered if name != EVENTS)
+        made_by = code_of_pages() if alike and code_of_pages() == code_on_disk() else ""
         content = RunManifest(
             format_version=FORMAT_VERSION,
             run_id=run_id,
@@ -147,7 +150,7 @@ def publish(
             classes=manifest.classes,
             image_shape=manifest.image_shape,
             headline=headline_of(report),
-            made_by=code_of_pages() if kept == rendered else "",  # other code has begun to publish it
+            made_by=made_by,
             artifacts=artifacts,
         )
         store.keep(f"{folder}/manifest.json", content.model_dump_json(indent=2).encode())
@@ -206,8 +209,13 @@ def headline_of(report: Report) -> Headline:
 
 @functools.cache
 def code_of_pages() -> str:
-    """What decides, beside a report, the bytes of its page and card: this package and those that it draws with. SHA-256
-    in hex."""
+    """What decides, beside a report, the bytes of its page and card: this package and those that it draws with, as they
+    were when this process first asked. SHA-256 in hex."""
+    return code_on_disk()
+
+
+def code_on_disk() -> str:
+    """The same as it is now: a run takes hours, and somebody may put another version there meanwhile."""
     own = sorted(file for file in Path(__file__).parent.iterdir() if file.suffix in (".py", ".j2"))
     parts = [f"{file.name} {sha256(file.read_bytes())}" for file in own]
     parts += [f"{name} {importlib.metadata.version(name)}" for name in DRAWN_WITH]

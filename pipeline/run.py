@@ -128,6 +128,7 @@ def begin(config: RunConfig, run_id: str) -> RunConfig:
     Raises what `check` raises, and ConfigError for parameters other than those the run was begun with.
     """
     config = config.model_copy(update={"run_id": run_id})
+    pipeline.publish.code_of_pages()  # the code that has just been loaded will write the pages
     store = check(config)
     parameters = config.model_dump(mode="json") | config.spelled_out()
     record = RunRecord(parameters=parameters, versions=versions(), lineage=lineage())

@@ -12,6 +12,7 @@ from lenet.recipe import RECIPES
 from pipeline import run
 from pipeline.config import config_of as checked
 from pipeline.errors import ConfigError, DataError
+from pipeline.publish import code_of_pages
 from pipeline.recipe import encode_recipe, varied
 from pipeline.record import read_record, versions
 from pipeline.run import RunConfig
@@ -139,6 +140,17 @@ def test_the_record_names_the_code_and_the_packages(tmp_path: Path) -> None:
     assert {"code", "python", "torch", "ray", "prefect"} <= record.versions.keys()
     assert record.parameters["run_id"] == "r"
     assert (record.parameters["epochs"], record.parameters["lr"]) == (10, 0.9)  # not "the recipe's own"
+
+
+def test_the_code_of_the_pages_is_that_which_began_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code_of_pages.cache_clear()
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr("pipeline.publish.code_on_disk", lambda: "as it was loaded")
+            run.begin(config_of({"storage": str(tmp_path)}), "r")
+        assert code_of_pages() == "as it was loaded"
+    finally:
+        code_of_pages.cache_clear()
 
 
 def test_the_code_is_what_the_image_says_where_there_is_no_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
