@@ -1,5 +1,6 @@
 """Publishing a run: model and report first, then the manifest that makes them a run, then the pointer to the latest.
 
+    staging/<run id>/publishing.json                             written anew by each publisher: the run is not old
     runs/<run id>/model.safetensors, model.onnx, model.pt2, predictions/, report.json, report.html, README.md, events
                                                                  conditional create, each read back and compared
     runs/<run id>/manifest.json                                  conditional create: from here on the run is published
@@ -124,6 +125,8 @@ def publish(
     if evaluation.candidate_sha256 != training.candidate_sha256 or evaluation.dataset_digest != manifest.digest:
         raise DataError(f"run {run_id}: the evaluation is of another model or dataset; run anew with another run_id")
     folder = run_folder(run_id)
+    # What is there already is kept as it is, and as old as it is: by this, strays and retention see that it is wanted.
+    store.put(f"{staging(run_id)}/publishing.json", b"{}")
     if find_run(store, run_id) is None:
         artifacts = _copy_evaluated(store, run_id, evaluation)
         report = _report(store, run_id, parameters, versions, lineage, manifest, training, evaluation, comparison)

@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
+from itertools import groupby
 
 from pydantic import BaseModel, ConfigDict
 
@@ -12,7 +13,7 @@ from pipeline.storage import Store
 
 class Stray(BaseModel):
     """An object that nothing leads to, when it was written, and how it is known. `unless` is the key of what would lead
-    to it, if anything can."""
+    to it, if anything can, `active` when anything was last written of the run, version or dataset that it is of."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -20,6 +21,7 @@ class Stray(BaseModel):
     modified: datetime
     why: str
     unless: str | None
+    active: datetime
 
 
 def find_strays(store: Store, older_than: timedelta) -> list[Stray]:
@@ -34,7 +36,7 @@ def find_strays(store: Store, older_than: timedelta) -> list[Stray]:
         newest[_belongs(key)] = max(written, newest.get(_belongs(key), written))
     limit = datetime.now(UTC) - older_than
     strays = [
-        Stray(key=key, modified=listed[key].written, why=why, unless=unless)
+        Stray(key=key, modified=listed[key].written, why=why, unless=unless, active=newest[_belongs(key)])
         for key, why, unless in found
         if key in listed and newest[_belongs(key)] < limit
     ]
@@ -42,12 +44,14 @@ def find_strays(store: Store, older_than: timedelta) -> list[Stray]:
 
 
 def remove(store: Store, strays: list[Stray]) -> list[Stray]:
-    """Delete them, but for what something leads to by now; what was deleted."""
+    """Delete them, but for what something leads to by now, or somebody has gone on with; what was deleted."""
     gone = []
-    for stray in strays:
-        if stray.unless is None or not store.exists(stray.unless):
-            store.delete(stray.key)
-            gone.append(stray)
+    for whole, parts in groupby(strays, lambda stray: _belongs(stray.key)):
+        active = _last_written(store, whole)
+        for stray in parts:
+            if active <= stray.active and (stray.unless is None or not store.exists(stray.unless)):
+                store.delete(stray.key)
+                gone.append(stray)
     return gone
 
 
@@ -85,6 +89,13 @@ def _belongs(key: str) -> str:
     top, *rest = key.split("/")
     names = {"runs": 1, "staging": 1, "datasets": 2, "models": 3}.get(top, len(rest))
     return "/".join(["runs" if top == "staging" else top, *rest[:names]])
+
+
+def _last_written(store: Store, whole: str) -> datetime:
+    """When anything of what `_belongs` names was; the beginning of time if nothing is there."""
+    folders = [whole, f"staging/{whole.removeprefix('runs/')}"] if whole.startswith("runs/") else [whole]
+    found = [file.written for folder in folders for file in store.listing(folder).values()]
+    return max(found, default=datetime.min.replace(tzinfo=UTC))
 
 
 def _by_folder(store: Store, prefix: str, depth: int) -> dict[str, list[str]]:
