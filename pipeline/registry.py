@@ -347,12 +347,15 @@ def _judge(
 ) -> Comparison:
     if champion is None:
         return first(config)
-    name = str(require_version(store, config.model, champion.version))
-    old = read_report(store, champion.run_id).evaluation
-    if old.test_digest != evaluation.test_digest:
-        return incomparable(name, "the champion was judged by other test images")
-    its_artifacts = require_run(store, champion.run_id).artifacts
-    theirs = _right(read_predictions(store, run_folder(champion.run_id), its_artifacts))
+    name = f"{champion.model} version {champion.version} ({champion.run_id})"
+    try:
+        old = read_report(store, champion.run_id).evaluation
+        if old.test_digest != evaluation.test_digest:
+            return incomparable(name, "the champion was judged by other test images")
+        its_artifacts = require_run(store, champion.run_id).artifacts
+        theirs = _right(read_predictions(store, run_folder(champion.run_id), its_artifacts))
+    except DataError as error:  # what is wrong with it is no reason not to publish others
+        return incomparable(name, f"the champion cannot be read ({error})")
     mine = _right(predictions())
     return compare(config, name, old, evaluation, int((theirs & ~mine).sum()), int((mine & ~theirs).sum()))
 
