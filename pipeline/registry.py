@@ -202,6 +202,9 @@ def promote(store: Store, config: PromoteConfig, version: Version) -> Comparison
                 if change.version == version.version and change.comparison is not None:
                     comparison = change.comparison
                     return None
+            if champion.version == version.version:  # before the rule was asked: it would be held against itself
+                comparison = Comparison(promoted=True, reasons=["it was made the champion by hand"])
+                return None
         comparison = _judge(
             store, config, champion, report.evaluation, lambda: read_predictions(store, folder, artifacts)
         )

@@ -196,6 +196,16 @@ def test_rollback_goes_back_one_champion_at_a_time(store: Store, published: list
     assert by == ["hand"] * 3 + ["rollback"] * 2 + ["hand", "rollback"]
 
 
+def test_a_champion_by_hand_is_not_held_against_itself(store: Store, published: list[str]) -> None:
+    promote(store, RULE, register(store, "lenet", published[3]))
+    version = register(store, "lenet", published[0])
+    before = promote_by_hand(store, "lenet", version.version)
+    found = promote(store, RULE, version)
+    assert found == Comparison(promoted=True, reasons=["it was made the champion by hand"])
+    assert promote(store, RULE, version) == find_decision(store, version) == found
+    assert find_champion(store, "lenet") == before
+
+
 def test_a_champion_judged_by_other_images_is_not_replaced_by_itself(
     store: Store, published: list[str], trained: Trained, good_models: list[LeNet]
 ) -> None:
