@@ -1,5 +1,6 @@
 """Objects that nobody points to: what publishers and others that were killed have left in a store."""
 
+import logging
 from collections import defaultdict
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -7,8 +8,11 @@ from itertools import groupby
 
 from pydantic import BaseModel, ConfigDict
 
+from pipeline.errors import DataError
 from pipeline.publish import LATEST, find_run
 from pipeline.storage import Store
+
+log = logging.getLogger(__name__)
 
 
 class Stray(BaseModel):
@@ -59,7 +63,11 @@ def _of_runs(store: Store) -> Iterator[tuple[str, str, str | None]]:
     for run_id, keys in _by_folder(store, "runs", depth=2).items():
         if f"runs/{run_id}" == LATEST:
             continue
-        manifest = find_run(store, run_id)
+        try:
+            manifest = find_run(store, run_id)
+        except DataError as error:
+            log.warning("%s; so nothing of run %s is taken for a stray", error, run_id)
+            continue
         for key in keys:
             name = key.removeprefix(f"runs/{run_id}/")
             if manifest is None:

@@ -152,6 +152,20 @@ def test_strays_are_what_nothing_points_to(store: Store, trained: Trained) -> No
     assert objects(store) == whole
 
 
+def test_nothing_is_a_stray_beside_a_manifest_that_cannot_be_read(
+    store: Store, trained: Trained, caplog: pytest.LogCaptureFixture
+) -> None:
+    trained(store, "r").publish(store)
+    for run_id, manifest in {"damaged": b"{", "copy": store.read("runs/r/manifest.json")}.items():
+        store.put(f"runs/{run_id}/manifest.json", manifest)
+        store.put(f"runs/{run_id}/extra.bin", b"x")
+    store.put("runs/r/extra.bin", b"x")
+    assert [stray.key for stray in find_strays(store, NOW)] == ["runs/r/extra.bin"]
+    assert [record.getMessage().rpartition("; ")[2] for record in caplog.records] == [
+        f"so nothing of run {run_id} is taken for a stray" for run_id in ("copy", "damaged")
+    ]
+
+
 def test_a_temporary_file_of_a_killed_writer_is_a_stray(local_store: Store, trained: Trained) -> None:
     publish_and_promote(local_store, trained(local_store, "r"))
     left = Path(local_store.path("runs/r/.model.onnx.123.tmp"))
