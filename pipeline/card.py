@@ -24,10 +24,10 @@ logits = decode_model(Path("model.safetensors").read_bytes())(torch.from_numpy(i
 ```"""
 
 
-def render_card(report: Report) -> str:
-    """The card: figures, data, recipe and lineage of a report. The same report gives the same card."""
+def render_card(report: Report, side: int) -> str:
+    """The card: figures, data, recipe and lineage of a report, and the `side` of the images that the model takes, in
+    pixels. The same gives the same card."""
     evaluation = report.evaluation
-    side = report.layers[0].output_shape[-1]
     worst = sorted(evaluation.robustness, key=lambda found: found.accuracy)[:3]
     names = [metrics.name for metrics in evaluation.classes]
     seen = ", light objects on black" if report.dataset.homepage else ""  # of one's own data, nobody knows

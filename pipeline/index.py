@@ -117,7 +117,11 @@ def read_entries(store: Store) -> Entries:
             _model(name, found, champions.get(name), registry, published) for name, found in sorted(versions.items())
         ],
         others=sorted(
-            (_entry(manifest, published) for _, manifest in _read_all(store, RunManifest, manifests)),
+            (
+                _entry(manifest, published)
+                for key, manifest in _read_all(store, RunManifest, manifests)
+                if key == f"{run_folder(manifest.run_id)}/manifest.json"  # not of a copy, which is no other run
+            ),
             key=lambda entry: (entry.finished, entry.run_id),
             reverse=True,
         ),

@@ -1,5 +1,6 @@
 """Publishing a run: model and report first, then the manifest that makes them a run, then the pointer to the latest.
 
+    staging/<run id>/publishing.json                             written anew by each publisher: the run is not old
     runs/<run id>/model.safetensors, model.onnx, model.pt2, predictions/, report.json, report.html, README.md, events
                                                                  conditional create, each read back and compared
     runs/<run id>/manifest.json                                  conditional create: from here on the run is published
@@ -26,7 +27,7 @@ from pipeline.errors import ConfigError, DataError
 from pipeline.evaluate import Evaluation, exported_key, load_model
 from pipeline.promotion import Comparison
 from pipeline.report import Report, facts_of, render_events, render_html
-from pipeline.shards import Manifest, pick_images
+from pipeline.shards import Manifest, pick_rows
 from pipeline.storage import Store, sha256
 from pipeline.train import Training, staging
 
@@ -124,18 +125,23 @@ def publish(
     if evaluation.candidate_sha256 != training.candidate_sha256 or evaluation.dataset_digest != manifest.digest:
         raise DataError(f"run {run_id}: the evaluation is of another model or dataset; run anew with another run_id")
     folder = run_folder(run_id)
+    # What is there already is kept as it is, and as old as it is: by this, strays and retention see that it is wanted.
+    store.put(f"{staging(run_id)}/publishing.json", b"{}")
     if find_run(store, run_id) is None:
         artifacts = _copy_evaluated(store, run_id, evaluation)
         report = _report(store, run_id, parameters, versions, lineage, manifest, training, evaluation, comparison)
-        mistakes = pick_images(store, manifest, "test", [mistake.row for mistake in evaluation.mistakes])
+        mistakes, _ = pick_rows(store, manifest, "test", [mistake.row for mistake in evaluation.mistakes])
         rendered = {
             EVENTS: render_events(training.history),
             "report.json": report.model_dump_json(indent=2).encode(),
             "report.html": render_html(report, list(mistakes)).encode(),
-            CARD: render_card(report).encode(),
+            CARD: render_card(report, manifest.image_shape[0]).encode(),
         }
         kept = {name: store.keep(f"{folder}/{name}", data) for name, data in rendered.items()}
         artifacts |= {name: artifact_of(data) for name, data in kept.items()}
+        # Events hold the time. Other code may have begun to publish, or have come to the disk since this was loaded.
+        alike = all(kept[name] == rendered[name] for name in rendered if name != EVENTS)
+        made_by = code_of_pages() if alike and code_of_pages() == code_on_disk() else ""
         content = RunManifest(
             format_version=FORMAT_VERSION,
             run_id=run_id,
@@ -147,7 +153,7 @@ def publish(
             classes=manifest.classes,
             image_shape=manifest.image_shape,
             headline=headline_of(report),
-            made_by=code_of_pages() if kept == rendered else "",  # other code has begun to publish it
+            made_by=made_by,
             artifacts=artifacts,
         )
         store.keep(f"{folder}/manifest.json", content.model_dump_json(indent=2).encode())
@@ -206,8 +212,13 @@ def headline_of(report: Report) -> Headline:
 
 @functools.cache
 def code_of_pages() -> str:
-    """What decides, beside a report, the bytes of its page and card: this package and those that it draws with. SHA-256
-    in hex."""
+    """What decides, beside a report, the bytes of its page and card: this package and those that it draws with, as they
+    were when this process first asked. SHA-256 in hex."""
+    return code_on_disk()
+
+
+def code_on_disk() -> str:
+    """The same as it is now: a run takes hours, and somebody may put another version there meanwhile."""
     own = sorted(file for file in Path(__file__).parent.iterdir() if file.suffix in (".py", ".j2"))
     parts = [f"{file.name} {sha256(file.read_bytes())}" for file in own]
     parts += [f"{name} {importlib.metadata.version(name)}" for name in DRAWN_WITH]

@@ -15,6 +15,7 @@ import psutil
 import torch
 from pydantic import BaseModel, ConfigDict
 
+from lenet.compiled import NEEDS, library_for
 from pipeline.documents import find_document, keep_document, read_document
 from pipeline.storage import Store, sha256
 from pipeline.train import staging
@@ -71,7 +72,9 @@ def versions() -> dict[str, str]:
 
 
 def lineage() -> dict[str, str]:
-    """What else the result may depend on: the locked set of packages (sha256 of the lock, hex) and the machine."""
+    """What else the result may depend on: the locked set of packages (sha256 of the lock, hex), the machine, and what
+    convolves on its CPU."""
+    compiled = next((f"compiled, {lanes} images at a time" for lanes in NEEDS if library_for(lanes)), "torch's")
     lock = Path(__file__).parents[1] / "requirements.lock"
     memory = psutil.virtual_memory().total / 2**30
     return {
@@ -79,6 +82,7 @@ def lineage() -> dict[str, str]:
         "hardware": f"{platform.machine()}, {psutil.cpu_count()} CPUs with {torch.backends.cpu.get_cpu_capability()}, "
         f"{memory:.0f} GiB, {torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU'}",
         "system": platform.platform(),
+        "convolutions": compiled,
     }
 
 

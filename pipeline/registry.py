@@ -202,6 +202,9 @@ def promote(store: Store, config: PromoteConfig, version: Version) -> Comparison
                 if change.version == version.version and change.comparison is not None:
                     comparison = change.comparison
                     return None
+            if champion.version == version.version:  # before the rule was asked: it would be held against itself
+                comparison = Comparison(promoted=True, reasons=["it was made the champion by hand"])
+                return None
         comparison = _judge(
             store, config, champion, report.evaluation, lambda: read_predictions(store, folder, artifacts)
         )
@@ -347,12 +350,15 @@ def _judge(
 ) -> Comparison:
     if champion is None:
         return first(config)
-    name = str(require_version(store, config.model, champion.version))
-    old = read_report(store, champion.run_id).evaluation
-    if old.test_digest != evaluation.test_digest:
-        return incomparable(name, "the champion was judged by other test images")
-    its_artifacts = require_run(store, champion.run_id).artifacts
-    theirs = _right(read_predictions(store, run_folder(champion.run_id), its_artifacts))
+    name = f"{champion.model} version {champion.version} ({champion.run_id})"
+    try:
+        old = read_report(store, champion.run_id).evaluation
+        if old.test_digest != evaluation.test_digest:
+            return incomparable(name, "the champion was judged by other test images")
+        its_artifacts = require_run(store, champion.run_id).artifacts
+        theirs = _right(read_predictions(store, run_folder(champion.run_id), its_artifacts))
+    except DataError as error:  # what is wrong with it is no reason not to publish others
+        return incomparable(name, f"the champion cannot be read ({error})")
     mine = _right(predictions())
     return compare(config, name, old, evaluation, int((theirs & ~mine).sum()), int((mine & ~theirs).sum()))
 

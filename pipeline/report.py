@@ -40,7 +40,8 @@ class DatasetFacts(BaseModel):
 
 
 class Report(BaseModel):
-    """What a run did and what came of it. A function of the run's receipts alone, so every retry writes the same."""
+    """What a run did and what came of it. A function of the run's receipts and of what publishes it alone, so every
+    retry by that writes the same."""
 
     model_config = ConfigDict(frozen=True)
 

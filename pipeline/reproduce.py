@@ -12,7 +12,7 @@ from pipeline.progress import OnEpoch, OnNow
 from pipeline.publish import find_run
 from pipeline.record import RunDataset, dataset_of, keep_dataset, read_record
 from pipeline.storage import Store
-from pipeline.train import find_training, staging
+from pipeline.train import Training, find_training, staging
 
 # What follows the name of the run that is done again, within the length that a name may have.
 NAME_LENGTH = 128
@@ -63,7 +63,7 @@ def reproduce(
         now = read_record(store, again)
     finally:
         store.delete(staging(again))
-    before = record.versions | record.lineage
+    before = record.versions | record.lineage | _places(training)
     return Reproduction(
         run_id=run_id,
         same=training.candidate_sha256 == second.candidate_sha256,
@@ -72,10 +72,16 @@ def reproduce(
         largest_difference=max(float((one[name] - other[name]).abs().max()) for name in one),
         differences=[
             f"{name}: {before.get(name, 'not recorded')} then, {value} now"
-            for name, value in (now.versions | now.lineage).items()
+            for name, value in (now.versions | now.lineage | _places(second)).items()
             if before.get(name) != value
         ],
     )
+
+
+def _places(training: Training) -> dict[str, str]:
+    """Where it trained: on what device, and on how many workers, of which there may have been others in between."""
+    counts = {training.world_size, *(epoch.world_size for epoch in training.history)} - {0}
+    return {"device": training.device, "workers": " and ".join(map(str, sorted(counts)))}
 
 
 def _published_dataset(store: Store, run_id: str) -> RunDataset | None:

@@ -185,7 +185,7 @@ def gather(store: Store) -> list[RunFacts]:
 
 def remove(store: Store, found: Plan) -> Plan:
     """Carry a plan out; what was carried out of it. A run that has become needed since it was made is left alone, and
-    one that goes on: its lease, too, would be newer."""
+    one that goes on: its lease would be newer or, where it is published, publishing.json."""
     holders = _Holders(store)
     done, kept = [], dict(found.kept)
     try:

@@ -128,6 +128,7 @@ def begin(config: RunConfig, run_id: str) -> RunConfig:
     Raises what `check` raises, and ConfigError for parameters other than those the run was begun with.
     """
     config = config.model_copy(update={"run_id": run_id})
+    pipeline.publish.code_of_pages()  # the code that has just been loaded will write the pages
     store = check(config)
     parameters = config.model_dump(mode="json") | config.spelled_out()
     record = RunRecord(parameters=parameters, versions=versions(), lineage=lineage())
@@ -243,7 +244,8 @@ def evaluate(config: RunConfig, manifest: Manifest, exported: Exported) -> Evalu
 def publish(config: RunConfig, manifest: Manifest, training: Training, evaluation: Evaluation) -> Published:
     """Publish model and report under runs/<run id>/ and let `latest` point there.
 
-    What the report says of the champion is what is found now, and kept: another attempt says the same.
+    What the report says of the champion is what is found now, and kept: another attempt says the same. It also says
+    which versions are others now than when the run was begun.
     """
     store, run_id = open_store(config.storage), _run_id(config)
     record = read_record(store, run_id)
@@ -254,8 +256,18 @@ def publish(config: RunConfig, manifest: Manifest, training: Training, evaluatio
             store, config, evaluation, lambda: read_predictions(store, staging(run_id), evaluation.predictions)
         )
         comparison = keep_document(store, key, found)
+    found_now = versions()
+    differ = {f"{name}, when published": now for name, now in found_now.items() if now != record.versions.get(name)}
     return pipeline.publish.publish(
-        store, run_id, record.parameters, record.versions, record.lineage, manifest, training, evaluation, comparison
+        store,
+        run_id,
+        record.parameters,
+        record.versions | differ,
+        record.lineage,
+        manifest,
+        training,
+        evaluation,
+        comparison,
     )
 
 

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict
 
 from pipeline.checkpoint import EpochMetrics
 from pipeline.documents import read_document
+from pipeline.errors import StorageError
 from pipeline.progress import ENDED, PROGRESS
 from pipeline.publish import find_run, read_report
 from pipeline.record import read_record
@@ -57,7 +58,8 @@ def list_runs(store: Store) -> list[RunSummary]:
         _, run_id, *rest = key.split("/", 2)
         if run_id and rest:  # .DS_Store lies beside the runs, as does the empty object that AWS's console makes
             keys[run_id] += rest
-    return [_summary(store, run_id, set(found)) for run_id, found in sorted(keys.items()) if "run.json" in found]
+    there = [(run_id, set(found)) for run_id, found in sorted(keys.items()) if "run.json" in found]
+    return [summary for run in there if (summary := _find_summary(store, *run))]
 
 
 def compare_runs(store: Store, first: str, second: str) -> list[Difference]:
@@ -70,6 +72,15 @@ def compare_runs(store: Store, first: str, second: str) -> list[Difference]:
         for what in one | other
         if one.get(what) != other.get(what)
     ]
+
+
+def _find_summary(store: Store, run_id: str, found: set[str]) -> RunSummary | None:
+    try:
+        return _summary(store, run_id, found)
+    except StorageError:
+        if store.exists(f"{staging(run_id)}/run.json"):
+            raise
+        return None  # removed since it was listed
 
 
 def _summary(store: Store, run_id: str, found: set[str]) -> RunSummary:

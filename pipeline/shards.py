@@ -197,16 +197,20 @@ def read_rows(
     return images, labels
 
 
-def pick_images(store: Store, manifest: Manifest, split: str, rows: Sequence[int]) -> Pixels:
-    """Images uint8 (n, height, width) of these rows of a split, in their order; a shard at a time is in memory."""
-    images = np.empty((len(rows), *manifest.image_shape), np.uint8)
+def pick_rows(store: Store, manifest: Manifest, split: str, rows: Sequence[int]) -> tuple[Pixels, Pixels]:
+    """These rows of a split, in their order: images uint8 (n, height, width) and labels uint8 (n,); a shard at a time
+    is in memory."""
+    wanted = np.asarray(rows, np.int64)
+    images = np.empty((len(wanted), *manifest.image_shape), np.uint8)
+    labels = np.empty(len(wanted), np.uint8)
     for number, first_row in overlapping(manifest.splits[split], 0, manifest.rows(split)):
         stop = first_row + manifest.splits[split][number].rows
-        inside = [place for place, row in enumerate(rows) if first_row <= row < stop]
-        if inside:
-            pixels, _ = read_shard(store, manifest, split, number)
-            images[inside] = pixels[[rows[place] - first_row for place in inside]]
-    return images
+        inside = np.flatnonzero((wanted >= first_row) & (wanted < stop))
+        if len(inside):
+            pixels, classes = read_shard(store, manifest, split, number)
+            images[inside] = pixels[wanted[inside] - first_row]
+            labels[inside] = classes[wanted[inside] - first_row]
+    return images, labels
 
 
 def overlapping(shards: tuple[Shard, ...], start: int, stop: int) -> Iterator[tuple[int, int]]:

@@ -1,18 +1,23 @@
 """Objects that nobody points to: what publishers and others that were killed have left in a store."""
 
+import logging
 from collections import defaultdict
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
+from itertools import groupby
 
 from pydantic import BaseModel, ConfigDict
 
+from pipeline.errors import DataError
 from pipeline.publish import LATEST, find_run
 from pipeline.storage import Store
+
+log = logging.getLogger(__name__)
 
 
 class Stray(BaseModel):
     """An object that nothing leads to, when it was written, and how it is known. `unless` is the key of what would lead
-    to it, if anything can."""
+    to it, if anything can, `active` when anything was last written of the run, version or dataset that it is of."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -20,6 +25,7 @@ class Stray(BaseModel):
     modified: datetime
     why: str
     unless: str | None
+    active: datetime
 
 
 def find_strays(store: Store, older_than: timedelta) -> list[Stray]:
@@ -34,7 +40,7 @@ def find_strays(store: Store, older_than: timedelta) -> list[Stray]:
         newest[_belongs(key)] = max(written, newest.get(_belongs(key), written))
     limit = datetime.now(UTC) - older_than
     strays = [
-        Stray(key=key, modified=listed[key].written, why=why, unless=unless)
+        Stray(key=key, modified=listed[key].written, why=why, unless=unless, active=newest[_belongs(key)])
         for key, why, unless in found
         if key in listed and newest[_belongs(key)] < limit
     ]
@@ -42,12 +48,14 @@ def find_strays(store: Store, older_than: timedelta) -> list[Stray]:
 
 
 def remove(store: Store, strays: list[Stray]) -> list[Stray]:
-    """Delete them, but for what something leads to by now; what was deleted."""
+    """Delete them, but for what something leads to by now, or somebody has gone on with; what was deleted."""
     gone = []
-    for stray in strays:
-        if stray.unless is None or not store.exists(stray.unless):
-            store.delete(stray.key)
-            gone.append(stray)
+    for whole, parts in groupby(strays, lambda stray: _belongs(stray.key)):
+        active = _last_written(store, whole)
+        for stray in parts:
+            if active <= stray.active and (stray.unless is None or not store.exists(stray.unless)):
+                store.delete(stray.key)
+                gone.append(stray)
     return gone
 
 
@@ -55,7 +63,11 @@ def _of_runs(store: Store) -> Iterator[tuple[str, str, str | None]]:
     for run_id, keys in _by_folder(store, "runs", depth=2).items():
         if f"runs/{run_id}" == LATEST:
             continue
-        manifest = find_run(store, run_id)
+        try:
+            manifest = find_run(store, run_id)
+        except DataError as error:
+            log.warning("%s; so nothing of run %s is taken for a stray", error, run_id)
+            continue
         for key in keys:
             name = key.removeprefix(f"runs/{run_id}/")
             if manifest is None:
@@ -85,6 +97,13 @@ def _belongs(key: str) -> str:
     top, *rest = key.split("/")
     names = {"runs": 1, "staging": 1, "datasets": 2, "models": 3}.get(top, len(rest))
     return "/".join(["runs" if top == "staging" else top, *rest[:names]])
+
+
+def _last_written(store: Store, whole: str) -> datetime:
+    """When anything of what `_belongs` names was; the beginning of time if nothing is there."""
+    folders = [whole, f"staging/{whole.removeprefix('runs/')}"] if whole.startswith("runs/") else [whole]
+    found = [file.written for folder in folders for file in store.listing(folder).values()]
+    return max(found, default=datetime.min.replace(tzinfo=UTC))
 
 
 def _by_folder(store: Store, prefix: str, depth: int) -> dict[str, list[str]]:

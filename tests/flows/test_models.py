@@ -1,9 +1,12 @@
 """Proves that a trained model can be listed, verified, exported, used and done again from the command line."""
 
+import json
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -17,6 +20,7 @@ from pipeline.checkpoint import decode_model
 from pipeline.idx import Pixels
 from pipeline.publish import run_folder
 from pipeline.storage import open_store
+from pipeline.train import staging
 from tests.flows.conftest import GoneOn
 
 BIN = Path(sys.executable).parent
@@ -113,6 +117,36 @@ def test_a_run_done_again_gives_the_same_bytes_and_leaves_nothing(lenet: Lenet, 
     out = lenet("reproduce", "r", "--storage", trained_store)
     assert re.search(r"reproduced: r, model\.safetensors is the same byte for byte, sha256 [0-9a-f]{64}\n", out)
     assert open_store(trained_store).keys("") == before
+
+
+def test_a_run_that_is_not_the_same_again_is_told_with_all_that_was_other(
+    trained_store: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = open_store(str(tmp_path / "copy"))
+    shutil.copytree(trained_store, store.root)
+
+    def edit(name: str, change: Callable[[Any], object]) -> None:
+        found = json.loads(store.read(f"{staging('r')}/{name}"))
+        change(found)
+        store.put(f"{staging('r')}/{name}", json.dumps(found).encode())
+
+    edit("run.json", lambda record: record["parameters"].update(seed=1, epochs=1))
+    edit("run.json", lambda record: record["lineage"].update(convolutions="by hand"))
+    edit("training.json", lambda training: training.update(device="abacus"))
+    edit("training.json", lambda training: training["history"][0].update(world_size=9))
+    before = store.keys("")
+    with pytest.raises(SystemExit) as left:
+        main(["reproduce", "r", "--storage", store.url])
+    assert left.value.code == 1
+    said = capsys.readouterr()
+    assert re.search(r"lenet: run r: not reproduced, weights differ by up to 0\.\d+ \(sha256 ", said.err), said.err
+    for line in (
+        "convolutions: by hand then, .+ now",
+        r"device: abacus then, \w+ now",
+        r"workers: \d and 9 then, \d now",
+    ):
+        assert re.search(f"^other than then: {line}$", said.out, re.MULTILINE), said.out
+    assert store.keys("") == before
 
 
 def test_strays_are_listed_and_removed(lenet: Lenet, trained_store: str) -> None:

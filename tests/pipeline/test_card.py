@@ -4,6 +4,8 @@ import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+import numpy as np
+import onnxruntime
 import pytest
 from huggingface_hub import ModelCard
 
@@ -26,7 +28,7 @@ def report(local_store: Store, trained: Callable[..., "Receipts"]) -> Report:
 
 def test_the_card_is_published_and_read_by_the_hubs_library(report: Report, local_store: Store) -> None:
     text = local_store.read("runs/r/README.md").decode()
-    assert text == render_card(report)
+    assert text == render_card(report, 28)
     card = ModelCard(text)
     assert card.data.model_name == "r"
     [result] = card.data.eval_results
@@ -36,6 +38,14 @@ def test_the_card_is_published_and_read_by_the_hubs_library(report: Report, loca
         assert part in card.text, part
     assert f"**{report.evaluation.accuracy:.2%}**" in card.text
     assert "When it was published, it was not proposed as the champion: promote is off for" in card.text
+
+
+def test_the_forms_take_images_of_the_shape_that_the_card_states(report: Report, local_store: Store) -> None:
+    text = local_store.read("runs/r/README.md").decode()
+    [shape] = re.findall(r"take float32 images \(batch, 1, (\d+), (\d+)\)", text)
+    images = np.zeros((2, 1, *map(int, shape)), np.float32)
+    session = onnxruntime.InferenceSession(local_store.read("runs/r/model.onnx"), providers=["CPUExecutionProvider"])
+    assert session.run(["logits"], {"images": images})[0].shape == (2, len(report.evaluation.classes))
 
 
 @pytest.mark.parametrize("hostile", HOSTILE)
@@ -51,10 +61,10 @@ def test_nobodys_text_becomes_markup(report: Report, hostile: str) -> None:
             "comparison": report.comparison.model_copy(update={"reasons": [hostile]}),
         }
     )
-    card = ModelCard(render_card(changed))
+    card = ModelCard(render_card(changed, 28))
     assert card.data.model_name == hostile
     assert card.data.to_dict().get("license") is None
-    plain = ModelCard(render_card(report))
+    plain = ModelCard(render_card(report, 28))
     assert not re.search(r"(?<!\\)<script|(?<!\\)\]\(|\n---\n", card.text)
     rows = len(report.parameters) + len(report.lineage)
     assert card.text.count("\n| ") == plain.text.count("\n| ") - rows + 2

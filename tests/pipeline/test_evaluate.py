@@ -28,8 +28,10 @@ from pipeline.evaluate import (
     load_model,
     require_agreement,
 )
-from pipeline.metrics import Tally
+from pipeline.idx import Pixels
+from pipeline.metrics import Predictor, Tally
 from pipeline.predictions import decode_predictions, encode_predictions, read_predictions
+from pipeline.probe import Robustness
 from pipeline.storage import Store, sha256
 from pipeline.train import staging
 
@@ -113,6 +115,28 @@ def test_shards_judged_in_other_processes_give_the_same_verdict(
     again = evaluate(local_store, "r", left.manifest, left.exported, in_processes)
     measured = {"seconds", "speed"}
     assert again.model_dump(exclude=measured) == left.evaluation.model_dump(exclude=measured)
+
+
+def test_changed_images_are_from_all_of_the_test_split(
+    local_store: Store, trained: Trained, small_splits: "Splits", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its rows may be sorted by class."""
+    left = trained(local_store, "r")
+    local_store.delete(f"{staging('r')}/evaluation.json")
+    monkeypatch.setattr(module, "PROBED", 3)
+    asked: list[list[int]] = []
+    real = module.robustness
+
+    def robustness(predict: Predictor, images: Pixels, labels: Pixels) -> list[Robustness]:
+        every, classes = small_splits["test"]
+        asked.append([int(np.flatnonzero((every == image).all(axis=(1, 2)))[0]) for image in images])
+        assert np.array_equal(labels, classes[asked[-1]])
+        return real(predict, images, labels)
+
+    monkeypatch.setattr(module, "robustness", robustness)
+    found = evaluate(local_store, "r", left.manifest, left.exported)
+    assert asked == [[0, 100, 199]]
+    assert {change.images for change in found.robustness} == {3}
 
 
 @pytest.mark.parametrize("name", FORMS)

@@ -210,6 +210,16 @@ def test_what_is_damaged_or_gone_is_left_out(
     ] == [store.locate("runs/damaged/manifest.json")]
 
 
+def test_a_copy_of_a_run_is_no_other_run(store: Store) -> None:
+    register(store, "lenet", announce(store, "registered"))
+    announce(store, "plain")
+    for run_id in ("registered", "plain"):
+        store.put(f"runs/copy-of-{run_id}/manifest.json", store.read(f"runs/{run_id}/manifest.json"))
+    found = read_entries(store)
+    assert [entry.run_id for entry in found.models[0].entries] == ["registered"]
+    assert [entry.run_id for entry in found.others] == ["plain"]
+
+
 def test_an_index_that_cannot_be_written_is_only_warned_of(
     local_store: Store, caplog: pytest.LogCaptureFixture
 ) -> None:

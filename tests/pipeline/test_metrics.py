@@ -76,7 +76,11 @@ def test_intervals_hold_their_figure(seed: int, count: int) -> None:
             assert (interval.low, interval.high) == pytest.approx(
                 wilson(int(confusion[k, k]), int(total)) if total else (0, 1), abs=1e-9
             )
-        assert 0 <= found.f1_interval.low <= found.f1_interval.high <= 1
+        either = int(confusion[k].sum() + confusion[:, k].sum() - confusion[k, k])
+        share = wilson(int(confusion[k, k]), either) if either else (0, 1)
+        ends = tuple(2 * end / (1 + end) for end in share)
+        assert (found.f1_interval.low, found.f1_interval.high) == pytest.approx(ends, abs=1e-9)
+        assert found.f1_interval.low - 1e-9 <= found.f1 <= found.f1_interval.high + 1e-9
     assert all(verdict.model_dump() == judge(logits, labels, NAMES).model_dump() for _ in range(2))
 
 
@@ -93,6 +97,14 @@ def test_the_interval_of_f1_is_as_wide_as_f1_varies() -> None:
     intervals = [judge(*drawn(), NAMES).classes[1].f1_interval for _ in range(400)]
     covered = sum(interval.low <= true <= interval.high for interval in intervals) / 400
     assert 0.91 < covered < 0.985
+
+
+def test_where_there_are_few_images_the_interval_of_f1_is_wide() -> None:
+    labels = np.array([0] * 3 + [1] * 3, np.uint8)
+    all_right = judge(np.eye(3, dtype=np.float32)[labels], labels, NAMES)
+    assert [found.f1 for found in all_right.classes] == [1, 1, 0]
+    assert all(found.f1_interval.low < 0.62 and found.f1_interval.high == 1 for found in all_right.classes[:2])
+    assert all_right.classes[2].f1_interval.model_dump() == {"low": 0, "high": 1}  # there is none of it to know by
 
 
 @given(seed=SEEDS, count=SIZES, data=st.data())

@@ -14,7 +14,7 @@ import s3fs
 from lenet.recipe import RECIPES
 from pipeline.checkpoint import encode_model
 from pipeline.errors import DataError
-from pipeline.publish import LATEST, find_run, read_latest, run_folder, verify_run
+from pipeline.publish import LATEST, code_of_pages, find_run, read_latest, run_folder, verify_run
 from pipeline.storage import Store, sha256
 
 if TYPE_CHECKING:
@@ -90,6 +90,27 @@ def test_pages_that_other_code_has_written_are_not_said_to_be_of_this(local_stor
     assert found is not None
     assert found.made_by == ""
     verify_run(local_store, "r")
+
+
+def test_pages_are_of_this_code_if_it_was_killed_in_between(local_store: Store, trained: Trained) -> None:
+    receipts = trained(local_store, "r")
+    receipts.publish(local_store)
+    local_store.delete(f"{run_folder('r')}/manifest.json")
+    receipts.publish(local_store)
+    found = find_run(local_store, "r")
+    assert found is not None
+    assert found.made_by == code_of_pages() != ""
+
+
+def test_pages_are_of_no_code_if_other_code_has_taken_its_place_meanwhile(
+    local_store: Store, trained: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    receipts, loaded = trained(local_store, "r"), code_of_pages()
+    monkeypatch.setattr("pipeline.publish.code_on_disk", lambda: "0" * 64)
+    receipts.publish(local_store)
+    found = find_run(local_store, "r")
+    assert found is not None
+    assert (found.made_by, code_of_pages()) == ("", loaded)
 
 
 @pytest.mark.parametrize("name", ["candidate_sha256", "dataset_digest"])

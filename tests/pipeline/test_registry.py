@@ -1,5 +1,6 @@
 """Proves that of any number of publishers none loses or doubles a version, and that the best is the champion."""
 
+import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -120,6 +121,42 @@ def test_a_damaged_version_or_champion_is_named(store: Store, published: list[st
         register(store, "lenet", published[2])
 
 
+@pytest.mark.parametrize("name", ["manifest.json", "report.json", "predictions/00001.parquet"])
+@pytest.mark.parametrize("deleted", [False, True])
+def test_a_champion_that_cannot_be_read_stays_and_stops_nobody(
+    local_store: Store, prepared: Callable[..., Store], trained: Trained, good_models: list[LeNet], name: str,
+    deleted: bool,
+) -> None:  # fmt: skip
+    def make(first: Store) -> None:
+        for number in (0, 3):
+            trained(first, f"r{number}", model=good_models[number]).publish(first)
+
+    store, key = prepared("two runs", local_store, make), f"{run_folder('r0')}/{name}"
+    promote(store, RULE, register(store, "lenet", "r0"))
+    version = register(store, "lenet", "r3")
+    if deleted:
+        store.delete(key)
+    else:
+        store.put(key, store.read(key)[:-9])
+    found = promote(store, RULE, version)
+    assert (found.promoted, found.champion) == (False, "lenet version 1 (r0)")
+    assert re.match(r"the champion cannot be read \(.*runs/r0.*\), so promote it by hand", found.reasons[0])
+    assert find_champion(store, "lenet").run_id == "r0"  # type: ignore[union-attr]
+    assert promote_by_hand(store, "lenet", 2).run_id == "r3"
+
+
+def test_a_candidate_whose_own_predictions_cannot_be_read_is_told_so(
+    local_store: Store, trained: Trained, good_models: list[LeNet]
+) -> None:
+    for number in (0, 3):
+        trained(local_store, f"r{number}", model=good_models[number]).publish(local_store)
+    promote(local_store, RULE, register(local_store, "lenet", "r0"))
+    version = register(local_store, "lenet", "r3")
+    local_store.delete(f"{run_folder('r3')}/predictions/00001.parquet")
+    with pytest.raises(DataError, match=r"runs/r3/predictions/00001\.parquet: missing"):
+        promote(local_store, RULE, version)
+
+
 def test_counts_are_those_of_the_models_own_predictions(
     store: Store, published: list[str], small_splits: "Splits", good_models: list[LeNet], trained: Trained
 ) -> None:
@@ -157,6 +194,16 @@ def test_rollback_goes_back_one_champion_at_a_time(store: Store, published: list
     assert roll_back(store, "lenet").version == 1
     by = [change.by for change in find_champion(store, "lenet").changes]  # type: ignore[union-attr]
     assert by == ["hand"] * 3 + ["rollback"] * 2 + ["hand", "rollback"]
+
+
+def test_a_champion_by_hand_is_not_held_against_itself(store: Store, published: list[str]) -> None:
+    promote(store, RULE, register(store, "lenet", published[3]))
+    version = register(store, "lenet", published[0])
+    before = promote_by_hand(store, "lenet", version.version)
+    found = promote(store, RULE, version)
+    assert found == Comparison(promoted=True, reasons=["it was made the champion by hand"])
+    assert promote(store, RULE, version) == find_decision(store, version) == found
+    assert find_champion(store, "lenet") == before
 
 
 def test_a_champion_judged_by_other_images_is_not_replaced_by_itself(

@@ -283,6 +283,18 @@ def test_a_run_that_went_on_meanwhile_stays(used: Store, written: str) -> None:
     assert used.keys("staging/r1") == used.keys("runs/r1") == []
 
 
+def test_a_run_that_is_published_again_meanwhile_stays(local_store: Store, trained: Trained) -> None:
+    """All is there, so nothing of it is written; and it is a version only after that."""
+    left = trained(local_store, "r")
+    left.publish(local_store)
+    trained(local_store, "other", NOW).publish(local_store)
+    found = plan(gather(local_store), ALL, datetime.now(UTC) + LATER)
+    assert [removal.run_id for removal in found.removals if removal.whole] == ["r"]
+    left.publish(local_store)
+    assert remove(local_store, found).kept["r"] == "written of since this was planned"
+    verify_run(local_store, "r")
+
+
 def test_a_store_that_fails_says_so(local_store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     local_store.put("staging/old/run.json", b"{}")
     os.utime(local_store.path("staging/old/run.json"), (0, 0))

@@ -3,7 +3,7 @@
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from PIL import Image
@@ -12,12 +12,17 @@ from lenet.recipe import RECIPES
 from pipeline import run
 from pipeline.config import config_of as checked
 from pipeline.errors import ConfigError, DataError
+from pipeline.publish import code_of_pages, read_report
 from pipeline.recipe import encode_recipe, varied
-from pipeline.record import read_record, versions
+from pipeline.record import RunRecord, keep_record, lineage, read_record, versions
 from pipeline.run import RunConfig
 from pipeline.shards import Manifest
 from pipeline.source import Source
 from pipeline.storage import Store, open_store
+from tests.pipeline.conftest import Page
+
+if TYPE_CHECKING:
+    from tests.pipeline.conftest import Receipts
 
 
 def config_of(parameters: dict[str, Any]) -> RunConfig:
@@ -139,6 +144,38 @@ def test_the_record_names_the_code_and_the_packages(tmp_path: Path) -> None:
     assert {"code", "python", "torch", "ray", "prefect"} <= record.versions.keys()
     assert record.parameters["run_id"] == "r"
     assert (record.parameters["epochs"], record.parameters["lr"]) == (10, 0.9)  # not "the recipe's own"
+
+
+def test_the_record_names_what_convolves(monkeypatch: pytest.MonkeyPatch) -> None:
+    for lanes, expected in ((16, "compiled, 16 images at a time"), (8, "compiled, 8 images at a time"), (0, "torch's")):
+        monkeypatch.setattr("pipeline.record.library_for", lambda of, lanes=lanes: of == lanes)
+        assert lineage()["convolutions"] == expected
+
+
+def test_the_report_names_other_versions_that_published_the_run(
+    local_store: Store, trained: Callable[..., "Receipts"]
+) -> None:
+    left = trained(local_store, "r")
+    config = config_of({"storage": local_store.url, "run_id": "r"})
+    record = RunRecord(parameters=config.model_dump(mode="json"), versions=versions() | {"code": "of before"})
+    keep_record(local_store, "r", record)
+    run.publish(config, left.manifest, left.training, left.evaluation)
+    found = read_report(local_store, "r").versions
+    assert found == record.versions | {"code, when published": versions()["code"]}
+    page = Page(local_store.read("runs/r/report.html").decode())
+    assert f"code of before python {found['python']} " in page.text
+    assert f"code, when published {found['code, when published']}" in page.text
+
+
+def test_the_code_of_the_pages_is_that_which_began_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code_of_pages.cache_clear()
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr("pipeline.publish.code_on_disk", lambda: "as it was loaded")
+            run.begin(config_of({"storage": str(tmp_path)}), "r")
+        assert code_of_pages() == "as it was loaded"
+    finally:
+        code_of_pages.cache_clear()
 
 
 def test_the_code_is_what_the_image_says_where_there_is_no_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.record_writer import masked_crc32c
 
-from pipeline.errors import DataError
+from pipeline.errors import DataError, StorageError
 from pipeline.progress import ENDED, PROGRESS
 from pipeline.publish import EVENTS
 from pipeline.record import RunRecord
@@ -55,6 +55,26 @@ def test_what_lies_beside_the_runs_is_no_run(store: Store) -> None:
     if not isinstance(store, LocalStore):
         store.put("staging/", b"")  # what AWS's console makes for a folder
     assert [run.run_id for run in list_runs(store)] == ["a-begun"]
+
+
+def test_a_run_that_is_removed_meanwhile_is_passed_over(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    for run_id in ("a", "b", "c"):
+        begin(store, run_id)
+    real = store.read
+
+    def read(key: str) -> bytes:
+        if key == f"{staging('b')}/run.json":
+            store.delete(staging("b"))  # by a retention that runs at the same time
+        if key == f"{staging('c')}/run.json" and failing:
+            raise StorageError(f"{key}: store failed")
+        return real(key)
+
+    monkeypatch.setattr(store, "read", read)
+    failing = False
+    assert [run.run_id for run in list_runs(store)] == ["a", "c"]
+    failing = True
+    with pytest.raises(StorageError, match="c/run.json: store failed"):
+        list_runs(store)
 
 
 def test_two_runs_are_compared_by_what_differs(store: Store, trained: Callable[..., "Receipts"]) -> None:

@@ -23,6 +23,7 @@ from pipeline.shards import (
     encode_shard,
     find_manifest,
     overlapping,
+    pick_rows,
     read_rows,
     require_manifest,
     verify_shards,
@@ -86,6 +87,13 @@ def test_any_range_of_rows_is_that_slice(
     images, labels = read_rows(*sharded, "train", start, stop)
     assert np.array_equal(images, small_splits["train"][0][start:stop])
     assert np.array_equal(labels, small_splits["train"][1][start:stop])
+
+
+@given(rows=st.lists(st.integers(0, 599), max_size=20))
+def test_any_rows_are_those_rows(sharded: tuple[Store, Manifest], small_splits: "Splits", rows: list[int]) -> None:
+    images, labels = pick_rows(*sharded, "train", rows)
+    assert np.array_equal(images, small_splits["train"][0][rows])
+    assert np.array_equal(labels, small_splits["train"][1][rows])
 
 
 def test_other_programs_can_read_the_shards(sharded: tuple[Store, Manifest], small_splits: "Splits") -> None:

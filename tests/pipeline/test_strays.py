@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from time import sleep
 from typing import TYPE_CHECKING
 
 import pytest
@@ -23,8 +24,9 @@ if TYPE_CHECKING:
 NOW = timedelta(0)
 FINISHED = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 RULE = PromoteConfig(max_f1_drop=1, max_ece_rise=1)
-# Nine artifacts and the manifest, the pointer to the latest, then version, champion and decision.
-WRITES = 14
+# That it is being published, nine artifacts and the manifest, the pointer to the latest, then version, champion and
+# decision.
+WRITES = 15
 Trained = Callable[..., "Receipts"]
 
 
@@ -150,6 +152,20 @@ def test_strays_are_what_nothing_points_to(store: Store, trained: Trained) -> No
     assert objects(store) == whole
 
 
+def test_nothing_is_a_stray_beside_a_manifest_that_cannot_be_read(
+    store: Store, trained: Trained, caplog: pytest.LogCaptureFixture
+) -> None:
+    trained(store, "r").publish(store)
+    for run_id, manifest in {"damaged": b"{", "copy": store.read("runs/r/manifest.json")}.items():
+        store.put(f"runs/{run_id}/manifest.json", manifest)
+        store.put(f"runs/{run_id}/extra.bin", b"x")
+    store.put("runs/r/extra.bin", b"x")
+    assert [stray.key for stray in find_strays(store, NOW)] == ["runs/r/extra.bin"]
+    assert [record.getMessage().rpartition("; ")[2] for record in caplog.records] == [
+        f"so nothing of run {run_id} is taken for a stray" for run_id in ("copy", "damaged")
+    ]
+
+
 def test_a_temporary_file_of_a_killed_writer_is_a_stray(local_store: Store, trained: Trained) -> None:
     publish_and_promote(local_store, trained(local_store, "r"))
     left = Path(local_store.path("runs/r/.model.onnx.123.tmp"))
@@ -173,6 +189,29 @@ def test_nothing_goes_of_what_somebody_goes_on_with(local_store: Store) -> None:
     for key in ("datasets/mine/0123/parts/1.json", "staging/r/lease.json", "models/m/versions/1/other.json"):
         local_store.put(key, b"x")
     assert find_strays(local_store, day) == []
+
+
+def test_what_a_publisher_goes_on_with_meanwhile_stays(
+    store: Store, trained: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It finds all artifacts there and writes none of them: the manifest alone would not save what it names."""
+    receipts = trained(store, "r")
+    receipts.publish(store)
+    store.delete("runs/r/manifest.json")
+    found, gone = find_strays(store, NOW), []
+    assert len(found) == 9
+    sleep(1.1)  # S3 tells seconds
+    real = store.keep
+
+    def keep(key: str, data: bytes) -> bytes:
+        if key == "runs/r/manifest.json":
+            gone.extend(remove(open_store(store.url), found))
+        return real(key, data)
+
+    monkeypatch.setattr(store, "keep", keep)
+    receipts.publish(store)
+    assert gone == []
+    verify_run(store, "r")
 
 
 def test_what_something_leads_to_by_now_stays(local_store: Store) -> None:

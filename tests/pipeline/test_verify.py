@@ -101,6 +101,7 @@ EDITS: list[tuple[Callable[[Any], object], str]] = [
     (lambda e: e.update(correct=199), "says correct 199, it is"),
     (lambda e: e.update(ece=e["ece"] + 1e-6), r"says ece 0\.\d+, it is"),
     (lambda e: e["classes"][3].update(f1=1.0), r"says classes\[3\].f1 1\.0, it is"),
+    (lambda e: e["classes"][3]["f1_interval"].update(low=0.0), r"says classes\[3\].f1_interval.low 0\.0, it is"),
     (lambda e: e["classes"][0].update(name="Hat"), r"says classes\[0\].name 'Hat', it is"),
     (lambda e: e["confusion"][0].append(1), "says confusion"),
     (lambda e: e["mistakes"].pop(), "says mistakes"),
@@ -203,6 +204,21 @@ def test_pages_of_other_code_are_not_said_to_be_proven(store: Store, url: str) -
     rewrite(store, "README.md", store.read(f"{ROOT}/README.md") + b"99.99%")
     edit_manifest(store, made_by="")
     assert list(verify(url))[-1] == "README.md: not compared, other versions than these here have written the run"
+
+
+@on_disk
+def test_intervals_that_were_drawn_are_not_said_to_be_proven(store: Store, url: str) -> None:
+    """By code of before, which did not say so either."""
+
+    def drawn(evaluation: Any) -> None:
+        del evaluation["f1_by"]
+        evaluation["classes"][3]["f1_interval"]["low"] -= 0.01
+
+    edit_report(store, drawn)
+    edit_manifest(store, made_by="")
+    lines = list(verify(url))
+    assert lines[1].endswith(" first, but for the intervals of F1, which were drawn")
+    assert lines[-1] == "report.html and README.md: not compared, other versions than these here have written the run"
 
 
 @on_disk
