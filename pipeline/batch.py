@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from pipeline import jobs, scorer
 from pipeline.cluster import MAX_WORKERS, ClusterConfig
 from pipeline.documents import find_document
-from pipeline.errors import ConfigError, DataError
+from pipeline.errors import ConfigError, DataError, PipelineError
 from pipeline.feed import Feed, find_feed, source_digest
 from pipeline.predict import Invert
 from pipeline.registry import Served, open_model
@@ -131,10 +131,18 @@ def predict_batch(config: PredictConfig) -> BatchReport:
     if cluster.by_job:
         return _report(jobs.run_job(str(cluster.ray_address), _work(output, config, served, content)))
     job = Job(feed.store, output, served, config.image_column, config.invert, content)
-    predicted = scorer.predict_units(job, feed, cluster)
-    if source_digest(config.source) != feed.digest:
-        _forget(job)
-        raise DataError(f"{config.source}: changed while it was read; let it rest and run again")
+    changed = False
+    try:
+        predicted = scorer.predict_units(job, feed, cluster)
+        if changed := source_digest(config.source) != feed.digest:
+            raise DataError(f"{config.source}: changed while it was read; let it rest and run again")
+    except PipelineError:
+        # Another job of the same may have published, and taken away the receipts that this one was at.
+        if (done := _overtaken(config, job)) is not None:
+            return _report(done)
+        if changed:
+            _forget(job)
+        raise
     manifest = _publish(config, job, feed, predicted)
     log.info(
         "%s images predicted by %s, %s a second: %s",
@@ -228,18 +236,23 @@ def _publish(config: PredictConfig, job: Job, feed: Feed, predicted: Predicted) 
         parts=parts,
     )
     if not output.create(MANIFEST, manifest.model_dump_json(indent=2).encode()):
-        try:
-            found = _find(output, config, job.content)
-        except ConfigError:
-            _forget(job)  # another job was quicker, and nobody will ever name these
-            raise
-        if found is not None:
-            output.delete(job.receipts)  # written after the other had removed its own
-        return found or manifest
+        return _overtaken(config, job) or manifest
     ours = {key.rpartition("/")[0] for key in _written(output) if CONTENT.fullmatch(key)}
     for left in ours - {job.folder}:
         output.delete(left)
     return manifest
+
+
+def _overtaken(config: PredictConfig, job: Job) -> BatchManifest | None:
+    """What another job of the same has published meanwhile, if one has: not a file of that may go."""
+    try:
+        found = _find(job.output, config, job.content)
+    except ConfigError:
+        _forget(job)  # other predictions are there, and nobody will ever name these
+        raise
+    if found is not None:
+        job.output.delete(job.receipts)  # written after the other had removed its own
+    return found
 
 
 def _written(output: Store) -> list[str]:

@@ -27,6 +27,7 @@ from pipeline.errors import DataError
 from pipeline.evaluate import Evaluation, Exported, evaluate, exported_key
 from pipeline.promotion import Comparison
 from pipeline.publish import Published, publish
+from pipeline.registry import promote_by_hand, register
 from pipeline.shards import Manifest
 from pipeline.source import Source, open_source
 from pipeline.storage import Store, open_store, sha256
@@ -257,3 +258,16 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Store, 
         return store
 
     return fill
+
+
+@pytest.fixture
+def model(
+    tmp_path: Path, prepared: Callable[..., Store], trained: Callable[..., Receipts], good_models: list[LeNet]
+) -> str:
+    """URL of a store with a champion."""
+
+    def make(first: Store) -> None:
+        trained(first, "good-run", model=good_models[3].eval()).publish(first)
+        promote_by_hand(first, "lenet", register(first, "lenet", "good-run").version)
+
+    return prepared("a good run", open_store(str(tmp_path / "models")), make).url
