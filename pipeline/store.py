@@ -28,6 +28,7 @@ LASTING = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 # Where file systems keep what they mend, at their root, and nobody but root may look.
 LOST_AND_FOUND = "lost+found"
 DELETE_ATTEMPTS, ATTEMPTS = 10, 50
+COPIED = 2**20  # bytes at a time
 _TEMPORARY = re.compile(r"(^|/)\.[^/]+\.(tmp|lock)$")
 
 
@@ -81,9 +82,10 @@ class Store:
             return bytes(self.fs.cat_file(self.path(key)))
 
     def fetch(self, key: str, file: Path) -> None:
-        """Copy the object to a file of this machine. Raises StorageError when there is none."""
-        with self._explained(key):
-            self.fs.get_file(self.path(key), str(file))
+        """Copy the object to a file of this machine. Raises StorageError when there is none, or it changes meanwhile."""
+        # Not fs.get_file: on S3 it reads what is large in several parts, be they of one object or of two.
+        with self._explained(key), self.fs.open(self.path(key)) as source, file.open("wb") as target:
+            shutil.copyfileobj(source, target, COPIED)
 
     def keys(self, prefix: str) -> list[str]:
         """All keys under the folder `prefix`, sorted; none when it does not exist."""

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
@@ -195,6 +196,25 @@ def test_a_file_that_changes_while_it_is_open_is_read_no_more(behind: Store) -> 
         behind.put("k", b"two")
         with pytest.raises(OSError, match="pre-conditions"):
             file.read()
+
+
+def test_an_object_that_changes_while_it_is_fetched_is_not_mixed_of_two(
+    proxy: Proxy, behind: Store, tmp_path: Path
+) -> None:
+    behind.put("k", bytes(60 * 2**20))
+
+    def replaced_before_the_second(method: str, _path: str) -> None:
+        if method == "GET" and proxy.asked.count("GET") == 2:
+            behind.fs.pipe_file(behind.path("k"), b"\1" * (60 * 2**20))
+
+    proxy.asked.clear()
+    proxy.instead = replaced_before_the_second
+    with pytest.raises(StorageError, match=rf"^{behind.locate('k')}: store failed \(.*pre-conditions") as raised:
+        behind.fetch("k", tmp_path / "k")
+    assert raised.value.may_pass
+    proxy.at_first(3, "GET", 200, None)
+    behind.fetch("k", tmp_path / "k")
+    assert (tmp_path / "k").read_bytes() == b"\1" * (60 * 2**20)
 
 
 def test_parquet_that_a_server_breaks_off_is_not_torn(
