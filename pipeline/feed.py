@@ -188,8 +188,7 @@ def _list(source: str) -> tuple[Store, bool, Iterator[_File]]:
         whole = parent.endswith(":/")  # a bucket
         above = open_store(parent or slash or ".", "source") if not whole and (pattern or "." in name) else None
         if above is not None and (pattern or above.exists(name)):
-            fits = partial(fnmatch.fnmatchcase, pat=name) if pattern else name.__eq__
-            return above, False, _files(above, deep=False, fits=fits)
+            return above, False, _files(above, name, pattern)
         store = open_store(source, "source")
     except ConfigError as error:
         if error.args[0] != "source":
@@ -197,24 +196,31 @@ def _list(source: str) -> tuple[Store, bool, Iterator[_File]]:
         raise ConfigError("source", source, error.args[2], ACCEPTED) from None
     if isinstance(store, LocalStore) and not Path(store.root).is_dir():
         raise ConfigError("source", source, "no such file or folder", ACCEPTED)
-    return store, True, _files(store, deep=True)
+    return store, True, _files(store)
 
 
-def _files(store: Store, deep: bool, fits: Callable[[str], bool] = lambda key: True) -> Iterator[_File]:
-    """All files of names that fit, but for hidden ones, with what changes when they do; `deep` says whether those of
-    folders too."""
+def _files(store: Store, name: str = "", pattern: bool = False) -> Iterator[_File]:
+    """All files of a store, but for hidden ones, with what changes when they do; or of those that lie in no folder of
+    it, the one of this name, or all that fit it."""
+    fits = partial(fnmatch.fnmatchcase, pat=name) if pattern else name.__eq__
     if isinstance(store, LocalStore):
-        yield from _walk(Path(store.root), Path(store.root), "", deep, fits)
+        yield from _walk(Path(store.root), Path(store.root), "", not name, fits)
         return
     store.exists("")  # explains why, if the store is out of reach
     try:
-        found = store.fs.find(store.root, maxdepth=None if deep else 1, detail=True)
+        if not name:
+            found = list(store.fs.find(store.root, detail=True).values())
+        else:  # not fs.find with a depth: to it a folder that cannot be listed is empty
+            found = store.fs.ls(store.root, detail=True) if pattern else [store.fs.info(store.path(name))]
     except Exception as error:  # botocore's errors are known to pipeline.storage alone
+        if name and isinstance(error, FileNotFoundError):
+            return
         raise StorageError(f"{store.url}: cannot be listed ({first_line(error)}); check the server") from error
-    for path in sorted(found):
-        key = path.removeprefix(store.root + "/")
-        if found[path]["type"] == "file" and fits(key) and not any(part.startswith(".") for part in key.split("/")):
-            yield _File(key, f"{found[path]['size']} {found[path].get('ETag')}")
+    for info in sorted(found, key=lambda info: str(info["name"])):
+        key = info["name"].removeprefix(store.root + "/")
+        hidden = any(part.startswith(".") for part in key.split("/"))
+        if info["type"] == "file" and not hidden and (not name or fits(key)):
+            yield _File(key, f"{info['size']} {info.get('ETag')}")
 
 
 def _walk(root: Path, folder: Path, prefix: str, deep: bool, fits: Callable[[str], bool]) -> Iterator[_File]:
@@ -273,9 +279,13 @@ def _check_column(schema: pa.Schema, column: str, size: int, where: str) -> bool
     elif pa.types.is_fixed_size_list(kind):
         pixels = kind.list_size
     elif isinstance(kind, pa.FixedShapeTensorType):
-        pixels = int(np.prod(kind.shape))
         if list(kind.permutation or ()) != sorted(kind.permutation or ()):
             raise DataError(f"{where}, {column}: tensors with axes exchanged; store them row by row")
+        if [side for side in kind.shape if side != 1] not in ([size, size], [size * size]):
+            raise DataError(
+                f"{where}, {column}: tensors of shape {kind.shape}, not {size}x{size}; "
+                "give encoded pictures, which are resized"
+            )
     if pixels != size * size:
         raise DataError(
             f"{where}, {column}: {pixels} pixels where the model's {size}x{size} are {size * size}; "

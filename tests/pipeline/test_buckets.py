@@ -238,6 +238,24 @@ def test_parquet_that_a_server_breaks_off_is_not_torn(
             assert raised.value.may_pass
 
 
+def test_a_source_that_cannot_be_listed_is_not_empty(
+    proxy: Proxy, behind: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    behind.put("in/x.png", b"x")
+    monkeypatch.setenv("LENET_S3_OUTAGE_S", "0")
+
+    def no_listing(_method: str, path: str) -> tuple[int, str] | None:
+        """But whether anything is there at all is told."""
+        return (500, error("InternalError")) if "list-type" in path and "max-keys=1" not in path else None
+
+    proxy.instead = no_listing
+    for source in ("in", "in/*.png"):
+        with pytest.raises(StorageError, match=r"/in: cannot be listed \(.*\); check the server$") as raised:
+            find_feed(behind.locate(source), "image", 28)
+        assert raised.value.may_pass
+    assert find_feed(behind.locate("in/x.png"), "image", 28).units[0].keys == ("x.png",)
+
+
 def test_a_conflict_between_conditional_writes_is_tried_again(proxy: Proxy, behind: Store) -> None:
     """409 is AWS's "somebody else is at it": the other write may fail, so nobody has written yet."""
     conflict = error("ConditionalRequestConflict")

@@ -185,7 +185,11 @@ def test_a_source_in_either_store(store: Store, images: Pixels, pool: Executor) 
     (part,) = read_unit(found.store, unit, "image", 28, "auto", pool)
     assert (part.paths, part.bad) == (["0.png", "1.png", "2.png"], {})
     assert np.array_equal(part.images, images[:3])
-    assert find_feed(store.locate("in/1.png"), "image", 28).units[0].keys == ("1.png",)
+    alone = find_feed(store.locate("in/1.png"), "image", 28)
+    assert alone.units[0].keys == ("1.png",)
+    assert alone.digest == source_digest(store.locate("in/1.*"))
+    with pytest.raises(ConfigError, match="there is nothing to predict"):
+        find_feed(store.locate("in/none/*.png"), "image", 28)
     assert find_feed(store.locate("in/[0]*.png").replace("[0]", "?"), "image", 28).images == 3
     store.put("in/2.png", png(images[5]))
     assert source_digest(store.locate("in")) != found.digest
@@ -242,7 +246,8 @@ def test_a_name_that_is_no_text_is_read_like_any_other(tmp_path: Path, images: P
         (pa.array(["a", "b"]), "large.parquet, image: string is not images; they have to be encoded PNG or JPEG"),
         (pa.array([b"1" * 100] * 2, pa.binary(100)), "image: 100 pixels where the model's 28x28 are 784; give encoded"),
         (pa.array([[1] * 9] * 2, pa.list_(pa.uint8(), 9)), "image: 9 pixels where the model's 28x28 are 784;"),
-        (tensors(np.zeros((2, 32, 32), np.uint8)), "image: 1024 pixels where the model's 28x28 are 784;"),
+        (tensors(np.zeros((2, 32, 32), np.uint8)), "image: tensors of shape [32, 32], not 28x28; give encoded pictures"),
+        (tensors(np.zeros((2, 4, 14, 14), np.uint8)), "image: tensors of shape [4, 14, 14], not 28x28;"),
         (tensors(np.zeros((28, 28, 2), np.uint8).T), "image: tensors with axes exchanged; store them row by row"),
     ],
 )
