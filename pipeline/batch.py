@@ -20,7 +20,7 @@ from pipeline.feed import Feed, find_feed, source_digest
 from pipeline.predict import Invert
 from pipeline.registry import Served, open_model
 from pipeline.scorer import PREDICTIONS, RECEIPTS, Job, Part, Predicted
-from pipeline.storage import Store, open_store, sha256
+from pipeline.storage import LocalStore, Store, open_store, sha256
 
 log = logging.getLogger(__name__)
 
@@ -119,7 +119,7 @@ def predict_batch(config: PredictConfig) -> BatchReport:
     jobs.check(cluster)
     served = open_model(config.model)
     feed = find_feed(config.source, config.image_column, served.image_shape[0])
-    if feed.whole and f"{output.root}/".startswith(f"{feed.store.root}/"):
+    if feed.whole and _is_inside(output, feed.store):
         raise ConfigError("output", config.output, "it is inside the source", "name a folder outside of it")
     content = _content(config, served, feed)
     if (done := _find(output, config, content)) is not None:
@@ -171,6 +171,13 @@ def render_batch(report: BatchReport) -> str:
         *(f"| {name} | {count:,} |" for name, count in report.predicted.items()),
     ]
     return "\n".join([*lines, ""])
+
+
+def _is_inside(output: Store, source: Store) -> bool:
+    """Whether it is the source, or a part of it, by whatever links and dots it is named."""
+    if isinstance(output, LocalStore) and isinstance(source, LocalStore):
+        return Path(output.root).resolve().is_relative_to(Path(source.root).resolve())
+    return f"{output.root}/".startswith(f"{source.root}/")
 
 
 def _content(config: PredictConfig, served: Served, feed: Feed) -> str:

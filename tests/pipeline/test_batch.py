@@ -19,7 +19,7 @@ from PIL import Image
 from pipeline import scorer
 from pipeline.batch import PredictConfig, _content, _publish, _work, predict_batch, read_manifest, render_batch
 from pipeline.cluster import ClusterConfig, ray_session
-from pipeline.errors import ConfigError, DataError, PipelineError
+from pipeline.errors import ConfigError, DataError, PipelineError, StorageError
 from pipeline.feed import find_feed
 from pipeline.predict import predict_pictures
 from pipeline.registry import open_model
@@ -184,6 +184,20 @@ def test_what_others_keep_in_the_output_is_not_touched(
     assert output.keys("") == [theirs]
 
 
+def test_an_output_is_inside_the_source_by_whatever_name(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photos, link = tmp_path / "photos", tmp_path / "link"
+    photos.mkdir()
+    link.symlink_to(photos)
+    Image.new("L", (28, 28)).save(photos / "a.png")
+    monkeypatch.chdir(photos)
+    for source, output in ((".", "out"), (link, photos / "out"), (photos, link), (photos, f"{link}/../photos/out")):
+        with pytest.raises(ConfigError, match=r"^output=.*: it is inside the source; name a folder outside of it$"):
+            predict_batch(PredictConfig(source=str(source), output=str(output), model=model, workers=1))
+    assert predict_batch(PredictConfig(source=".", output="../out", model=model, workers=1)).images == 1
+
+
 def test_a_job_is_told_of_places_in_full(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """It has a working directory of its own, and perhaps a home."""
     monkeypatch.setenv("HOME", "/home/me")
@@ -218,6 +232,16 @@ def test_a_job_that_broke_off_goes_on(
     assert report.images_per_second * report.seconds == pytest.approx(800 - before)
     assert len(rows_of(output)["path"]) == 800
     assert predictions.items() <= {key: (tmp_path / "out" / key).stat().st_ino for key in output.keys("")}.items()
+
+
+def test_what_will_not_pass_is_not_said_to(model: str, tmp_path: Path) -> None:
+    Image.new("L", (28, 28)).save(tmp_path / "a.png")
+    feed, served = find_feed(str(tmp_path / "a.png"), "image", 28), open_model(model)
+    (tmp_path / "a.png").unlink()
+    job = Job(feed.store, open_store(str(tmp_path / "out")), served, "image", "auto", "0" * 16)
+    with pytest.raises(StorageError, match=rf"^{tmp_path}/a.png: not found") as raised:
+        scorer.predict_units(job, feed, ClusterConfig(workers=1, cpus_per_worker=1, gpu="no"))
+    assert not raised.value.may_pass
 
 
 def test_a_source_that_changes_meanwhile_is_not_published(
