@@ -24,6 +24,8 @@ from pipeline.errors import StorageError
 
 # What a person has to see to before it is worth trying again: no room, no quota, no writing at all.
 LASTING = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+# As file systems answer that have no hard links: FAT and exFAT, many of FUSE, some shares of other machines.
+NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK}
 
 # Where file systems keep what they mend, at their root, and nobody but root may look.
 LOST_AND_FOUND = "lost+found"
@@ -153,9 +155,10 @@ class Store:
         raise StorageError(f"{self.locate(key)}: changed under every one of {ATTEMPTS} attempts; run again")
 
     def check_writable(self) -> None:
-        """Write, read and delete a small object, so that a store out of reach is found before any work starts."""
+        """Create, read and delete a small object, so that a store out of reach, or one that knows no conditional
+        writes, is found before any work starts."""
         key = f".probe-{uuid.uuid4().hex}"
-        self.put(key, b"lenet-pipeline")
+        self.keep(key, b"lenet-pipeline")
         self.delete(key)
 
     def _put(self, key: str, data: bytes) -> None:
@@ -246,6 +249,14 @@ class LocalStore(Store):
                 os.link(temporary, target)
             except FileExistsError:
                 return False
+            except OSError as error:
+                if error.errno not in NO_LINKS:
+                    raise
+                raise StorageError(
+                    f"{self.root}: its file system makes no hard links ({_short(error)}), by which an object is "
+                    "created once; use a folder on another, or s3://bucket/prefix",
+                    may_pass=False,
+                ) from error
             return True
 
     def _replace(self, key: str, data: bytes, expected: bytes) -> bool:
