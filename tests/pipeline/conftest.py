@@ -57,10 +57,10 @@ def interruptible() -> Iterator[None]:
 
 
 class Loopback:
-    """Serves a folder over HTTP; the next `failures` answers are 500."""
+    """Serves a folder over HTTP; the next `failures` answers are 500. It may take .gz for how a file is sent."""
 
     def __init__(self, folder: Path) -> None:
-        self.failures = 0
+        self.failures, self.gzip_is_encoding = 0, False
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, self, directory=str(folder)))
         self.url = f"http://127.0.0.1:{self.server.server_port}"
         threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
@@ -77,6 +77,11 @@ class Handler(SimpleHTTPRequestHandler):
             self.send_error(500)
         else:
             super().do_GET()
+
+    def end_headers(self) -> None:
+        if self.loopback.gzip_is_encoding and self.path.endswith(".gz"):
+            self.send_header("Content-Encoding", "gzip")
+        super().end_headers()
 
     def log_message(self, *_: object) -> None:
         pass
