@@ -78,7 +78,8 @@ class Job:
 
 
 class Answer(BaseModel):
-    """What a unit came to, now or before: its files, or the error, by its name, that a user can mend, or may pass."""
+    """What a unit came to, now or before: its files, or the error, by its name, that a user can mend, and whether it
+    may pass."""
 
     parts: list[Part] = []
     before: bool = False

@@ -84,7 +84,7 @@ class Store:
             return bytes(self.fs.cat_file(self.path(key)))
 
     def fetch(self, key: str, file: Path) -> None:
-        """Copy the object to a file of this machine. Raises StorageError when there is none, or it changes meanwhile."""
+        """Copy the object to a file of this machine. Raises StorageError when there is none, or it changes."""
         # Not fs.get_file: on S3 it reads what is large in several parts, be they of one object or of two.
         with self._explained(key), self.fs.open(self.path(key)) as source, file.open("wb") as target:
             shutil.copyfileobj(source, target, COPIED)
