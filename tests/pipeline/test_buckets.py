@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline import storage
-from pipeline.errors import StorageError
+from pipeline.errors import ConfigError, StorageError
 from pipeline.feed import find_feed, read_unit
 from pipeline.storage import Store, open_store
 from tests.conftest import refusal
@@ -242,6 +242,8 @@ def test_a_source_that_cannot_be_listed_is_not_empty(
     proxy: Proxy, behind: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     behind.put("in/x.png", b"x")
+    with pytest.raises(ConfigError, match="there is nothing to predict"):
+        find_feed(behind.locate("none/*.png"), "image", 28)
     monkeypatch.setenv("LENET_S3_OUTAGE_S", "0")
 
     def no_listing(_method: str, path: str) -> tuple[int, str] | None:
