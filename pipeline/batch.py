@@ -15,12 +15,12 @@ from pydantic import BaseModel, ConfigDict, Field
 from pipeline import jobs, scorer
 from pipeline.cluster import MAX_WORKERS, ClusterConfig
 from pipeline.documents import find_document
-from pipeline.errors import ConfigError, DataError
+from pipeline.errors import ConfigError, DataError, PipelineError
 from pipeline.feed import Feed, find_feed, source_digest
 from pipeline.predict import Invert
 from pipeline.registry import Served, open_model
 from pipeline.scorer import PREDICTIONS, RECEIPTS, Job, Part, Predicted
-from pipeline.storage import Store, open_store, sha256
+from pipeline.storage import LocalStore, Store, open_store, sha256
 
 log = logging.getLogger(__name__)
 
@@ -119,7 +119,7 @@ def predict_batch(config: PredictConfig) -> BatchReport:
     jobs.check(cluster)
     served = open_model(config.model)
     feed = find_feed(config.source, config.image_column, served.image_shape[0])
-    if feed.whole and f"{output.root}/".startswith(f"{feed.store.root}/"):
+    if feed.whole and _is_inside(output, feed.store):
         raise ConfigError("output", config.output, "it is inside the source", "name a folder outside of it")
     content = _content(config, served, feed)
     if (done := _find(output, config, content)) is not None:
@@ -131,10 +131,18 @@ def predict_batch(config: PredictConfig) -> BatchReport:
     if cluster.by_job:
         return _report(jobs.run_job(str(cluster.ray_address), _work(output, config, served, content)))
     job = Job(feed.store, output, served, config.image_column, config.invert, content)
-    predicted = scorer.predict_units(job, feed, cluster)
-    if source_digest(config.source) != feed.digest:
-        _forget(job)
-        raise DataError(f"{config.source}: changed while it was read; let it rest and run again")
+    changed = False
+    try:
+        predicted = scorer.predict_units(job, feed, cluster)
+        if changed := source_digest(config.source) != feed.digest:
+            raise DataError(f"{config.source}: changed while it was read; let it rest and run again")
+    except PipelineError:
+        # Another job of the same may have published, and taken away the receipts that this one was at.
+        if (done := _overtaken(config, job)) is not None:
+            return _report(done)
+        if changed:
+            _forget(job)
+        raise
     manifest = _publish(config, job, feed, predicted)
     log.info(
         "%s images predicted by %s, %s a second: %s",
@@ -163,6 +171,13 @@ def render_batch(report: BatchReport) -> str:
         *(f"| {name} | {count:,} |" for name, count in report.predicted.items()),
     ]
     return "\n".join([*lines, ""])
+
+
+def _is_inside(output: Store, source: Store) -> bool:
+    """Whether it is the source, or a part of it, by whatever links and dots it is named."""
+    if isinstance(output, LocalStore) and isinstance(source, LocalStore):
+        return Path(output.root).resolve().is_relative_to(Path(source.root).resolve())
+    return f"{output.root}/".startswith(f"{source.root}/")
 
 
 def _content(config: PredictConfig, served: Served, feed: Feed) -> str:
@@ -228,18 +243,23 @@ def _publish(config: PredictConfig, job: Job, feed: Feed, predicted: Predicted) 
         parts=parts,
     )
     if not output.create(MANIFEST, manifest.model_dump_json(indent=2).encode()):
-        try:
-            found = _find(output, config, job.content)
-        except ConfigError:
-            _forget(job)  # another job was quicker, and nobody will ever name these
-            raise
-        if found is not None:
-            output.delete(job.receipts)  # written after the other had removed its own
-        return found or manifest
+        return _overtaken(config, job) or manifest
     ours = {key.rpartition("/")[0] for key in _written(output) if CONTENT.fullmatch(key)}
     for left in ours - {job.folder}:
         output.delete(left)
     return manifest
+
+
+def _overtaken(config: PredictConfig, job: Job) -> BatchManifest | None:
+    """What another job of the same has published meanwhile, if one has: not a file of that may go."""
+    try:
+        found = _find(job.output, config, job.content)
+    except ConfigError:
+        _forget(job)  # other predictions are there, and nobody will ever name these
+        raise
+    if found is not None:
+        job.output.delete(job.receipts)  # written after the other had removed its own
+    return found
 
 
 def _written(output: Store) -> list[str]:

@@ -23,11 +23,12 @@ from ray.core.generated.autoscaler_pb2 import (  # type: ignore[attr-defined]
     AutoscalingState,
     GetClusterStatusReply,
 )
+from ray.exceptions import RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.ahead import Result, Task, in_order
-from pipeline.errors import ClusterError, ConfigError, first_line
+from pipeline.errors import ClusterError, ConfigError, PipelineError, first_line
 from pipeline.storage import patience_s
 
 log = logging.getLogger(__name__)
@@ -279,8 +280,13 @@ def run_on_ray(config: ClusterConfig, work: Callable[[Task], Result], tasks: Ite
         def call(task: Task) -> Result:  # Ray takes functions only; each of its processes keeps this one, and `work`
             return work(task)
 
+        def get(started: Any) -> Result:
+            try:
+                return ray.get(started)  # type: ignore[no-any-return]
+            except RayTaskError as error:  # which has a page of Ray's to say
+                raise error.cause if isinstance(error.cause, PipelineError) else error from None
+
         remote: Any = ray.remote(call).options(scheduling_strategy=stay, num_cpus=min(1, cpus))
-        get: Callable[[Any], Result] = ray.get
         yield from in_order(remote.remote, get, tasks, ahead=2 * max(1, int(cpus)))
 
 
@@ -354,19 +360,13 @@ def _connect(config: ClusterConfig) -> None:
     if config.ray_address is None:
         resources = local_resources()
         cpus, gpus = int(resources["CPU"]), int(resources["GPU"])
-        # Ray gives a shell the path as it is, for workers that have variables of their own: there the training would
-        # wait for ever.
-        python = shlex.quote(sys.executable)
-        if python != sys.executable:
+        # Ray gives the path to a shell as it is, for workers with variables of their own: training would wait for ever.
+        if (python := shlex.quote(sys.executable)) != sys.executable:
             quiet["runtime_env"] = {"py_executable": python}
         ray.init(
-            address="local",
-            num_cpus=cpus,
-            num_gpus=gpus,
-            include_dashboard=False,
-            _system_config=LOCAL_RAY_SETTINGS,
+            address="local", num_cpus=cpus, num_gpus=gpus, include_dashboard=False, _system_config=LOCAL_RAY_SETTINGS,
             **quiet,
-        )
+        )  # fmt: skip
         return
     # In a thread of its own: it ends with this process, if not before.
     connecting: Future[Any] = Future()

@@ -4,6 +4,7 @@ Images pass through a batch at a time. Nothing is seen in the cache before it is
 again.
 """
 
+import contextlib
 import gzip
 import json
 import logging
@@ -11,6 +12,7 @@ import os
 import re
 import shutil
 import tempfile
+import time
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -49,6 +51,7 @@ from pipeline.source import (
     file_sha256,
     leave,
     open_source,
+    read_facts,
     write_facts,
 )
 from pipeline.storage import open_store, sha256
@@ -56,6 +59,7 @@ from pipeline.tables import find_tables
 
 log = logging.getLogger(__name__)
 
+KEPT_S = 3 * 24 * 3600
 SHUFFLE = 1  # the stream of random numbers for the order of rows, next to hold_out's
 ACCEPTED = (
     "a source is a folder with <class>/*.png (or .jpg), alone or in train/ and test/, with *.parquet, or with "
@@ -105,6 +109,8 @@ def bring_own(config: SourceConfig, cache: Path) -> Path:
                 log.warning("cached %s dropped: %s", config.dataset, error)
             else:
                 log.info("%s: unchanged, verified in %s", config.dataset, folder)
+                with contextlib.suppress(OSError):  # another user's
+                    os.utime(folder)  # it is in use
                 return folder
         whole = Path(temporary) / "whole"
         whole.mkdir()
@@ -125,7 +131,19 @@ def bring_own(config: SourceConfig, cache: Path) -> Path:
         write_facts(whole, facts)
         leave(whole, folder)
     log.info("%s: converted to %s", config.dataset, folder)
+    _drop_unused(cache, folder, config.dataset)
     return folder
+
+
+def _drop_unused(cache: Path, used: Path, dataset: str) -> None:
+    """Remove what the dataset's source was converted to before it changed, once nobody has asked for it for days."""
+    name = re.compile(rf"{dataset}-[0-9a-f]{{12}}")
+    for folder in cache.iterdir():
+        # By its facts too: a dataset may itself be called so, or begin with another's name.
+        with contextlib.suppress(OSError, DataError):
+            old = name.fullmatch(folder.name) and time.time() - folder.stat().st_mtime > KEPT_S
+            if old and folder != used and read_facts(folder).dataset == dataset:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _find(config: SourceConfig, temporary: Path, pool: Executor) -> Found:

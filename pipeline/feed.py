@@ -26,7 +26,7 @@ from pydantic import BaseModel, ConfigDict
 from pipeline.errors import ConfigError, DataError, StorageError, first_line
 from pipeline.idx import Pixels
 from pipeline.own import THREADS, check_inside, shown
-from pipeline.pictures import SUFFIXES
+from pipeline.pictures import MAX_PIXELS, SUFFIXES
 from pipeline.predict import Invert, prepare_batch
 from pipeline.storage import LocalStore, Store, open_store
 from pipeline.tables import BUFFER, IMAGES_ACCEPTED, is_encoded, is_raw
@@ -36,15 +36,18 @@ ACCEPTED = f"a source is a folder or s3://bucket/prefix with {', '.join(SUFFIXES
 # Rows of a unit: a second or two of work, and a file of predictions. Row groups are not cut: a unit may have more.
 UNIT_PIXELS, UNIT_PICTURES = 16_384, 4_096
 READ_PIXELS, READ_PICTURES = 1_000, 256  # in memory at once
+LARGEST = 8 * MAX_PIXELS  # bytes of a picture: four channels of 16 bits, not compressed
 
 
 class Unit(BaseModel):
-    """What is read in one go: some pictures, or some row groups of a Parquet file, whose first row is `first_row`."""
+    """What is read in one go: some pictures, or some row groups of a Parquet file, whose first row is `first_row`.
+    Those in `huge` are too large to be pictures."""
 
     model_config = ConfigDict(frozen=True)
 
     number: int
     keys: tuple[str, ...]
+    huge: tuple[str, ...] = ()
     groups: tuple[int, ...] = ()
     first_row: int = 0
     rows: int
@@ -78,6 +81,7 @@ class Slice(NamedTuple):
 
 class _File(NamedTuple):
     key: str
+    size: int
     stamp: str
 
 
@@ -87,12 +91,15 @@ def find_feed(source: str, column: str, size: int) -> Feed:
     Raises ConfigError for one that is not there or holds nothing to predict, DataError for Parquet whose `column` holds
     no images that fit.
     """
-    store, whole, names, digest = _survey(source)
+    store, whole, names, huge, digest = _survey(source)
     if names[0].lower().endswith(TABLE):
         with ThreadPoolExecutor(THREADS) as pool:
             parts = [part for found in pool.map(partial(_groups, store, column, size), names) for part in found]
     else:
-        parts = [Unit(number=0, keys=keys, rows=len(keys)) for keys in _chunks(names, UNIT_PICTURES)]
+        parts = [
+            Unit(number=0, keys=keys, huge=tuple(filter(huge.__contains__, keys)), rows=len(keys))
+            for keys in _chunks(names, UNIT_PICTURES)
+        ]
     if not parts:
         raise ConfigError("source", source, "its Parquet files have no rows", "name one that has images")
     units = [part.model_copy(update={"number": number}) for number, part in enumerate(parts)]
@@ -107,8 +114,14 @@ def source_digest(source: str) -> str:
 def read_unit(store: Store, unit: Unit, column: str, size: int, invert: Invert, pool: Executor) -> Iterator[Slice]:
     """The images of a unit, a few in memory at a time. Raises DataError for a file that is torn."""
     if not unit.groups:
+
+        def read(key: str) -> bytes:
+            if key in unit.huge:
+                raise DataError(f"more than {LARGEST:,} bytes")
+            return store.read(key)
+
         for keys in _chunks(unit.keys, READ_PICTURES):
-            images, bad = prepare_batch(pool, keys, store.read, size, invert)
+            images, bad = prepare_batch(pool, keys, read, size, invert)
             yield Slice(list(keys), np.zeros(len(keys), np.uint64), images, bad)
         return
     (key,) = unit.keys
@@ -159,15 +172,18 @@ def read_column(values: Any, size: int, invert: Invert, pool: Executor) -> tuple
     return images, dict(sorted(wrong.items()))
 
 
-def _survey(source: str) -> tuple[Store, bool, list[str], str]:
-    """Where a source is, whether it is all there is, the names of its files in their order, and its digest."""
+def _survey(source: str) -> tuple[Store, bool, list[str], set[str], str]:
+    """Where a source is, whether it is all there is, the names of its files in their order and of those that are too
+    large to be pictures, and its digest."""
     store, whole, files = _list(source)
-    digest, names, kinds = hashlib.sha256(), [], set()
+    digest, names, huge, kinds = hashlib.sha256(), [], set(), set()
     for file in files:
         suffix = file.key[file.key.rfind(".") :].lower()
         if suffix in (TABLE, *SUFFIXES):
             kinds.add(suffix == TABLE)
             names.append(file.key)
+            if file.size > LARGEST:
+                huge.add(file.key)
             try:
                 digest.update(f"{file.key}\0{file.stamp}\0".encode())
             except UnicodeEncodeError:  # nor could Parquet hold it
@@ -176,7 +192,7 @@ def _survey(source: str) -> tuple[Store, bool, list[str], str]:
         raise ConfigError("source", source, "there is nothing to predict", ACCEPTED)
     if len(kinds) > 1:
         raise ConfigError("source", source, "it holds both pictures and Parquet", "name a folder that holds one kind")
-    return store, whole, names, digest.hexdigest()
+    return store, whole, names, huge, digest.hexdigest()
 
 
 def _list(source: str) -> tuple[Store, bool, Iterator[_File]]:
@@ -188,8 +204,7 @@ def _list(source: str) -> tuple[Store, bool, Iterator[_File]]:
         whole = parent.endswith(":/")  # a bucket
         above = open_store(parent or slash or ".", "source") if not whole and (pattern or "." in name) else None
         if above is not None and (pattern or above.exists(name)):
-            fits = partial(fnmatch.fnmatchcase, pat=name) if pattern else name.__eq__
-            return above, False, _files(above, deep=False, fits=fits)
+            return above, False, _files(above, name, pattern)
         store = open_store(source, "source")
     except ConfigError as error:
         if error.args[0] != "source":
@@ -197,24 +212,31 @@ def _list(source: str) -> tuple[Store, bool, Iterator[_File]]:
         raise ConfigError("source", source, error.args[2], ACCEPTED) from None
     if isinstance(store, LocalStore) and not Path(store.root).is_dir():
         raise ConfigError("source", source, "no such file or folder", ACCEPTED)
-    return store, True, _files(store, deep=True)
+    return store, True, _files(store)
 
 
-def _files(store: Store, deep: bool, fits: Callable[[str], bool] = lambda key: True) -> Iterator[_File]:
-    """All files of names that fit, but for hidden ones, with what changes when they do; `deep` says whether those of
-    folders too."""
+def _files(store: Store, name: str = "", pattern: bool = False) -> Iterator[_File]:
+    """All files of a store, but for hidden ones, with what changes when they do; or of those that lie in no folder of
+    it, the one of this name, or all that fit it."""
+    fits = partial(fnmatch.fnmatchcase, pat=name) if pattern else name.__eq__
     if isinstance(store, LocalStore):
-        yield from _walk(Path(store.root), Path(store.root), "", deep, fits)
+        yield from _walk(Path(store.root), Path(store.root), "", not name, fits)
         return
     store.exists("")  # explains why, if the store is out of reach
     try:
-        found = store.fs.find(store.root, maxdepth=None if deep else 1, detail=True)
+        if not name:
+            found = list(store.fs.find(store.root, detail=True).values())
+        else:  # not fs.find with a depth: to it a folder that cannot be listed is empty
+            found = store.fs.ls(store.root, detail=True) if pattern else [store.fs.info(store.path(name))]
     except Exception as error:  # botocore's errors are known to pipeline.storage alone
+        if name and isinstance(error, FileNotFoundError):
+            return
         raise StorageError(f"{store.url}: cannot be listed ({first_line(error)}); check the server") from error
-    for path in sorted(found):
-        key = path.removeprefix(store.root + "/")
-        if found[path]["type"] == "file" and fits(key) and not any(part.startswith(".") for part in key.split("/")):
-            yield _File(key, f"{found[path]['size']} {found[path].get('ETag')}")
+    for info in sorted(found, key=lambda info: str(info["name"])):
+        key = info["name"].removeprefix(store.root + "/")
+        hidden = any(part.startswith(".") for part in key.split("/"))
+        if info["type"] == "file" and not hidden and (not name or fits(key)):
+            yield _File(key, info["size"], f"{info['size']} {info.get('ETag')}")
 
 
 def _walk(root: Path, folder: Path, prefix: str, deep: bool, fits: Callable[[str], bool]) -> Iterator[_File]:
@@ -234,7 +256,7 @@ def _walk(root: Path, folder: Path, prefix: str, deep: bool, fits: Callable[[str
                     raise DataError(f"{shown(str(path))}: a link to a folder; put the folder there itself")
                 yield from _walk(root, path, f"{prefix}{name}/", deep, fits)
             elif stat.S_ISREG(found.st_mode):
-                yield _File(prefix + name, f"{found.st_size} {found.st_mtime_ns}")
+                yield _File(prefix + name, found.st_size, f"{found.st_size} {found.st_mtime_ns}")
     except OSError as error:
         raise DataError(f"{shown(str(error.filename))}: {error.strerror}; check its owner and mode") from None
 
@@ -273,9 +295,13 @@ def _check_column(schema: pa.Schema, column: str, size: int, where: str) -> bool
     elif pa.types.is_fixed_size_list(kind):
         pixels = kind.list_size
     elif isinstance(kind, pa.FixedShapeTensorType):
-        pixels = int(np.prod(kind.shape))
         if list(kind.permutation or ()) != sorted(kind.permutation or ()):
             raise DataError(f"{where}, {column}: tensors with axes exchanged; store them row by row")
+        if [side for side in kind.shape if side != 1] not in ([size, size], [size * size]):
+            raise DataError(
+                f"{where}, {column}: tensors of shape {kind.shape}, not {size}x{size}; "
+                "give encoded pictures, which are resized"
+            )
     if pixels != size * size:
         raise DataError(
             f"{where}, {column}: {pixels} pixels where the model's {size}x{size} are {size * size}; "

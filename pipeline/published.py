@@ -30,13 +30,15 @@ def unpack(dataset: Dataset, brought: Path, raw: Path) -> None:
                     "the file was altered, fetch it again"
                 )
     for name, file in dataset.files.items():
-        plain = brought / file.archive.removesuffix(".gz")
+        archived, plain = brought / file.archive, brought / file.archive.removesuffix(".gz")
+        if file.sha256 and not file.member and not plain.is_file() and _begins_as_idx(archived):
+            plain = archived  # of a mirror that takes gzip for how it is sent, so it came unpacked
         if file.member is None and plain.is_file():
             plain.replace(raw / name)
             continue
         try:
             with contextlib.ExitStack() as opened:
-                packed: Any = opened.enter_context((brought / file.archive).open("rb"))
+                packed: Any = opened.enter_context(archived.open("rb"))
                 if file.member:
                     packed = opened.enter_context(zipfile.ZipFile(packed).open(file.member))
                 with gzip.open(packed) as stream, (raw / name).open("wb") as target:
@@ -46,6 +48,11 @@ def unpack(dataset: Dataset, brought: Path, raw: Path) -> None:
         except (EOFError, zlib.error, gzip.BadGzipFile, zipfile.BadZipFile) as error:
             kind = "gzip" if file.member is None else "zip"
             raise DataError(f"{file.archive}: torn {kind} file ({error}); fetch it again") from None
+
+
+def _begins_as_idx(file: Path) -> bool:
+    with file.open("rb") as stream:
+        return stream.read(2) == b"\0\0"
 
 
 def check_published(dataset: Dataset, raw: Path) -> None:

@@ -78,12 +78,14 @@ class Job:
 
 
 class Answer(BaseModel):
-    """What a unit came to, now or before: its files, or the error, by its name, that a user can mend."""
+    """What a unit came to, now or before: its files, or the error, by its name, that a user can mend, and whether it
+    may pass."""
 
     parts: list[Part] = []
     before: bool = False
     refusal: str = ""
     reason: str = ""
+    may_pass: bool = False
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,9 @@ def predict_units(job: Job, feed: Feed, cluster: ClusterConfig) -> Predicted:
         for row in dataset.iter_rows():
             answer = Answer.model_validate_json(row["answer"])
             if answer.refusal:
-                raise REFUSALS[answer.refusal](answer.reason)
+                error = REFUSALS[answer.refusal](answer.reason)
+                error.may_pass = answer.may_pass
+                raise error
             found[int(row["number"])] = answer
             if time.monotonic() - said > SAY_EVERY_S:
                 said = time.monotonic()
@@ -152,7 +156,7 @@ class Scorer:
                 self.job.output.put(receipt, done.model_dump_json().encode())
         except (DataError, StorageError) as error:
             # As data: an exception would be tried again, and come with a page of Ray's.
-            return Answer(refusal=type(error).__name__, reason=str(error))
+            return Answer(refusal=type(error).__name__, reason=str(error), may_pass=error.may_pass)
         return done
 
     def _find(self, receipt: str) -> Answer | None:

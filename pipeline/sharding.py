@@ -237,7 +237,8 @@ def _find_part(task: ShardTask, receipt: str) -> Part | None:
         part = Part.model_validate_json(task.store.read(receipt))
     except ValidationError:
         return None
-    return part if sha256(task.store.read(f"{task.folder}/{task.name}")) == part.shard.sha256 else None
+    key = f"{task.folder}/{task.name}"
+    return part if task.store.exists(key) and sha256(task.store.read(key)) == part.shard.sha256 else None
 
 
 class _Census:

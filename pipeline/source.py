@@ -117,7 +117,7 @@ class Source:
 
 def open_source(folder: Path) -> Source:
     """The dataset in `folder`, once all its files have the sha256 they were left with. Raises DataError if not."""
-    facts = _read_facts(folder)
+    facts = read_facts(folder)
     for name in FILES:
         try:
             found = file_sha256(folder / name)
@@ -128,7 +128,8 @@ def open_source(folder: Path) -> Source:
     return Source(folder, facts)
 
 
-def _read_facts(folder: Path) -> SourceFacts:
+def read_facts(folder: Path) -> SourceFacts:
+    """The facts beside the IDX files. Raises DataError when they are not there, or damaged."""
     try:
         return SourceFacts.model_validate_json((folder / FACTS).read_bytes())
     except FileNotFoundError:
@@ -162,7 +163,7 @@ def leave(whole: Path, folder: Path) -> None:
         else:
             return
         with contextlib.suppress(DataError):
-            if open_source(folder).facts == _read_facts(whole):
+            if open_source(folder).facts == read_facts(whole):
                 return
         with contextlib.suppress(FileNotFoundError):  # another process was quicker
             folder.rename(whole.with_name(f"{whole.name}-dropped-{attempt}"))

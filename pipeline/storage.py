@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from datetime import UTC
 from pathlib import Path
 from typing import Any
-from urllib.parse import SplitResult, unquote, urlsplit
+from urllib.parse import SplitResult, quote, unquote, urlsplit
 
 import aiohttp
 import botocore.exceptions
@@ -171,6 +171,10 @@ def open_store(url: str, field: str = "storage") -> Store:
     environment that cannot be meant; `field` is what it calls the URL.
     """
     parts = split_url(url, field)
+    meant_otherwise = {"s3": r"[*?\[\]#]", "file": "[?#]"}.get(parts.scheme)
+    if meant_otherwise and (wrong := re.search(meant_otherwise, url)):
+        remedy = "use another prefix" if parts.scheme == "s3" else f"write {quote(wrong[0])}, or the path alone"
+        raise ConfigError(field, url, f"{wrong[0]!r} has a meaning of its own in URLs", remedy)
     if parts.scheme in ("", "file"):
         if parts.netloc:
             remedy = f"write file:///{parts.netloc}{parts.path}"
@@ -183,11 +187,11 @@ def open_store(url: str, field: str = "storage") -> Store:
             raise ConfigError(field, url, "is a file", "name a folder, or s3://bucket/prefix")
         return LocalStore(root.as_uri(), LocalFileSystem(auto_mkdir=True), str(root))
     if parts.scheme == "s3" and parts.netloc:
-        if wrong := re.search(r"[*?\[\]#]", url):
-            raise ConfigError(field, url, f"{wrong[0]!r} has a meaning of its own in S3 URLs", "use another prefix")
         if not _BUCKET.fullmatch(parts.netloc):
             rule = f"{parts.netloc!r} is no bucket's name, which has letters, digits, '.', '-' and '_'"
             raise ConfigError(field, url, rule, "write s3://bucket/prefix")
+        if parts.path.rstrip("/").startswith("//"):  # s3fs writes and reads by it, but lists without
+            raise ConfigError(field, url, "its prefix begins with a slash", "write s3://bucket/prefix")
         _check_environment()
         root_path = (parts.netloc + parts.path).rstrip("/")
         return S3Store(f"s3://{root_path}", _s3_filesystem(), root_path)

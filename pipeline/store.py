@@ -24,10 +24,13 @@ from pipeline.errors import StorageError
 
 # What a person has to see to before it is worth trying again: no room, no quota, no writing at all.
 LASTING = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+# As file systems answer that have no hard links: FAT and exFAT, many of FUSE, some shares of other machines.
+NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK}
 
 # Where file systems keep what they mend, at their root, and nobody but root may look.
 LOST_AND_FOUND = "lost+found"
 DELETE_ATTEMPTS, ATTEMPTS = 10, 50
+COPIED = 2**20  # bytes at a time
 _TEMPORARY = re.compile(r"(^|/)\.[^/]+\.(tmp|lock)$")
 
 
@@ -81,9 +84,10 @@ class Store:
             return bytes(self.fs.cat_file(self.path(key)))
 
     def fetch(self, key: str, file: Path) -> None:
-        """Copy the object to a file of this machine. Raises StorageError when there is none."""
-        with self._explained(key):
-            self.fs.get_file(self.path(key), str(file))
+        """Copy the object to a file of this machine. Raises StorageError when there is none, or it changes."""
+        # Not fs.get_file: on S3 it reads what is large in several parts, be they of one object or of two.
+        with self._explained(key), self.fs.open(self.path(key)) as source, file.open("wb") as target:
+            shutil.copyfileobj(source, target, COPIED)
 
     def keys(self, prefix: str) -> list[str]:
         """All keys under the folder `prefix`, sorted; none when it does not exist."""
@@ -151,9 +155,10 @@ class Store:
         raise StorageError(f"{self.locate(key)}: changed under every one of {ATTEMPTS} attempts; run again")
 
     def check_writable(self) -> None:
-        """Write, read and delete a small object, so that a store out of reach is found before any work starts."""
+        """Create, read and delete a small object, so that a store out of reach, or one that knows no conditional
+        writes, is found before any work starts."""
         key = f".probe-{uuid.uuid4().hex}"
-        self.put(key, b"lenet-pipeline")
+        self.keep(key, b"lenet-pipeline")
         self.delete(key)
 
     def _put(self, key: str, data: bytes) -> None:
@@ -244,6 +249,14 @@ class LocalStore(Store):
                 os.link(temporary, target)
             except FileExistsError:
                 return False
+            except OSError as error:
+                if error.errno not in NO_LINKS:
+                    raise
+                raise StorageError(
+                    f"{self.root}: its file system makes no hard links ({_short(error)}), by which an object is "
+                    "created once; use a folder on another, or s3://bucket/prefix",
+                    may_pass=False,
+                ) from error
             return True
 
     def _replace(self, key: str, data: bytes, expected: bytes) -> bool:

@@ -27,6 +27,7 @@ from pipeline.errors import DataError
 from pipeline.evaluate import Evaluation, Exported, evaluate, exported_key
 from pipeline.promotion import Comparison
 from pipeline.publish import Published, publish
+from pipeline.registry import promote_by_hand, register
 from pipeline.shards import Manifest
 from pipeline.source import Source, open_source
 from pipeline.storage import Store, open_store, sha256
@@ -56,10 +57,10 @@ def interruptible() -> Iterator[None]:
 
 
 class Loopback:
-    """Serves a folder over HTTP; the next `failures` answers are 500."""
+    """Serves a folder over HTTP; the next `failures` answers are 500. It may take .gz for how a file is sent."""
 
     def __init__(self, folder: Path) -> None:
-        self.failures = 0
+        self.failures, self.gzip_is_encoding = 0, False
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, self, directory=str(folder)))
         self.url = f"http://127.0.0.1:{self.server.server_port}"
         threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
@@ -76,6 +77,11 @@ class Handler(SimpleHTTPRequestHandler):
             self.send_error(500)
         else:
             super().do_GET()
+
+    def end_headers(self) -> None:
+        if self.loopback.gzip_is_encoding and self.path.endswith(".gz"):
+            self.send_header("Content-Encoding", "gzip")
+        super().end_headers()
 
     def log_message(self, *_: object) -> None:
         pass
@@ -257,3 +263,16 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Store, 
         return store
 
     return fill
+
+
+@pytest.fixture
+def model(
+    tmp_path: Path, prepared: Callable[..., Store], trained: Callable[..., Receipts], good_models: list[LeNet]
+) -> str:
+    """URL of a store with a champion."""
+
+    def make(first: Store) -> None:
+        trained(first, "good-run", model=good_models[3].eval()).publish(first)
+        promote_by_hand(first, "lenet", register(first, "lenet", "good-run").version)
+
+    return prepared("a good run", open_store(str(tmp_path / "models")), make).url

@@ -2,7 +2,6 @@
 and that predictions are published whole or not at all."""
 
 import copy
-import io
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -17,22 +16,19 @@ import ray
 import torch
 from PIL import Image
 
-from lenet.model import LeNet
 from pipeline import scorer
 from pipeline.batch import PredictConfig, _content, _publish, _work, predict_batch, read_manifest, render_batch
 from pipeline.cluster import ClusterConfig, ray_session
-from pipeline.errors import ConfigError, DataError, PipelineError
+from pipeline.errors import ConfigError, DataError, PipelineError, StorageError
 from pipeline.feed import find_feed
-from pipeline.idx import Pixels
 from pipeline.predict import predict_pictures
-from pipeline.registry import open_model, promote_by_hand, register
+from pipeline.registry import open_model
 from pipeline.scorer import PREDICTIONS, Answer, Job, Part, Predicted, Scorer, schema_of
 from pipeline.shards import Manifest
 from pipeline.storage import Store, open_store, sha256
 
 if TYPE_CHECKING:
     from tests.conftest import S3Server, Splits
-    from tests.pipeline.conftest import Receipts
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -43,19 +39,6 @@ def _one_ray(s3_server: "S3Server") -> Iterator[None]:
             patch.setenv(name, value)
         with ray_session(ClusterConfig(workers=1)):
             yield
-
-
-@pytest.fixture
-def model(
-    tmp_path: Path, prepared: Callable[..., Store], trained: Callable[..., "Receipts"], good_models: list[LeNet]
-) -> str:
-    """URL of a store with a champion."""
-
-    def make(first: Store) -> None:
-        trained(first, "good-run", model=good_models[3].eval()).publish(first)
-        promote_by_hand(first, "lenet", register(first, "lenet", "good-run").version)
-
-    return prepared("a good run", open_store(str(tmp_path / "models")), make).url
 
 
 def rows_of(output: Store) -> dict[str, list[object]]:
@@ -130,30 +113,6 @@ def test_a_folder_of_pictures_is_predicted_as_each_is_alone(model: str, tmp_path
     assert {found["error"][index] for index in good} == {None}
 
 
-def test_encoded_pictures_in_parquet_on_s3(s3_store: Store, model: str, small_splits: "Splits", tmp_path: Path) -> None:
-    images = small_splits["test"][0][:150]
-
-    def png(image: Pixels) -> bytes:
-        data = io.BytesIO()
-        Image.fromarray(image).save(data, "PNG")
-        return data.getvalue()
-
-    column = [{"bytes": png(image), "path": None} for image in images[:149]] + [None]
-    sink = io.BytesIO()
-    pq.write_table(pa.table({"photo": column}), sink, row_group_size=40)
-    s3_store.put("in/photos.parquet", sink.getvalue())
-    output = open_store(f"{s3_store.url}/out")
-    found = find_feed(s3_store.locate("in/photos.parquet"), "photo", 28)
-    served = open_model(model)
-    process = Scorer(Job(found.store, output, served, "photo", "auto", "0" * 16))
-    (part,) = [part for unit in found.units for part in process.answer(unit).parts]
-    assert (part.rows, part.unreadable, sum(part.predicted)) == (150, 1, 149)
-    table = pq.read_table(pa.BufferReader(output.read(f"{process.job.folder}/{part.name}"))).to_pydict()
-    assert table["row"] == list(range(150))
-    assert table["error"] == [None] * 149 + ["null"]
-    assert table["predicted"][:149] == served.predict(images[:149]).argmax(axis=1).tolist()
-
-
 def test_the_same_again_is_no_work_and_other_content_is_refused(
     local_store: Store, model: str, small_manifest: Callable[[Store], Manifest], tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -225,6 +184,20 @@ def test_what_others_keep_in_the_output_is_not_touched(
     assert output.keys("") == [theirs]
 
 
+def test_an_output_is_inside_the_source_by_whatever_name(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photos, link = tmp_path / "photos", tmp_path / "link"
+    photos.mkdir()
+    link.symlink_to(photos)
+    Image.new("L", (28, 28)).save(photos / "a.png")
+    monkeypatch.chdir(photos)
+    for source, output in ((".", "out"), (link, photos / "out"), (photos, link), (photos, f"{link}/../photos/out")):
+        with pytest.raises(ConfigError, match=r"^output=.*: it is inside the source; name a folder outside of it$"):
+            predict_batch(PredictConfig(source=str(source), output=str(output), model=model, workers=1))
+    assert predict_batch(PredictConfig(source=".", output="../out", model=model, workers=1)).images == 1
+
+
 def test_a_job_is_told_of_places_in_full(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """It has a working directory of its own, and perhaps a home."""
     monkeypatch.setenv("HOME", "/home/me")
@@ -261,6 +234,16 @@ def test_a_job_that_broke_off_goes_on(
     assert predictions.items() <= {key: (tmp_path / "out" / key).stat().st_ino for key in output.keys("")}.items()
 
 
+def test_what_will_not_pass_is_not_said_to(model: str, tmp_path: Path) -> None:
+    Image.new("L", (28, 28)).save(tmp_path / "a.png")
+    feed, served = find_feed(str(tmp_path / "a.png"), "image", 28), open_model(model)
+    (tmp_path / "a.png").unlink()
+    job = Job(feed.store, open_store(str(tmp_path / "out")), served, "image", "auto", "0" * 16)
+    with pytest.raises(StorageError, match=rf"^{tmp_path}/a.png: not found") as raised:
+        scorer.predict_units(job, feed, ClusterConfig(workers=1, cpus_per_worker=1, gpu="no"))
+    assert not raised.value.may_pass
+
+
 def test_a_source_that_changes_meanwhile_is_not_published(
     local_store: Store, model: str, small_manifest: Callable[[Store], Manifest], tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -279,21 +262,31 @@ def test_a_source_that_changes_meanwhile_is_not_published(
     assert output.keys("") == []
 
 
-def test_a_process_writes_the_same_bytes_again_in_files_of_bounded_size(
-    local_store: Store, model: str, small_splits: "Splits", tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    images = np.concatenate([small_splits["train"][0]] * 5)  # 3,000 in one row group, read 1,000 at a time
-    column = pa.array([image.tobytes() for image in images], pa.binary(784))
-    pq.write_table(pa.table({"image": column}), tmp_path / "large.parquet", row_group_size=len(images))
-    monkeypatch.setattr(scorer, "FILE_ROWS", 2_000)
-    feed = find_feed(str(tmp_path / "large.parquet"), "image", 28)
-    (unit,) = feed.units
-    answers: list[Answer] = []
-    for name in ("a", "b"):
-        output = open_store(str(tmp_path / name))
-        answers.append(Scorer(Job(feed.store, output, open_model(model), "image", "auto", "0" * 16)).answer(unit))
-    assert answers[0] == answers[1]
-    assert [part.rows for part in answers[0].parts] == [2_000, 1_000]
+@pytest.mark.parametrize("misses_a_receipt", [False, True])
+def test_what_another_job_of_the_same_has_published_stays(
+    local_store: Store, model: str, small_manifest: Callable[[Store], Manifest], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, misses_a_receipt: bool,
+) -> None:  # fmt: skip
+    """The source changes after that, or this one looks for a receipt that the other takes away."""
+    folder = Path(local_store.locate(small_manifest(local_store).folder))
+    output = open_store(str(tmp_path / "out"))
+    config = PredictConfig(source=f"{folder}/test-*.parquet", output=output.url, model=model, workers=1)
+    predict_units, before = scorer.predict_units, dict[str, bytes]()
+
+    def overtaken(job: Job, *_: object) -> object:
+        monkeypatch.setattr(scorer, "predict_units", predict_units)
+        predict_batch(config)
+        before.update({key: output.read(key) for key in output.keys("")})
+        output.put(f"{job.receipts}/000000.json", b"of this one")
+        if misses_a_receipt:
+            output.read(f"{job.receipts}/000001.json")
+        (folder / "test-late.parquet").write_bytes(next(folder.glob("test-*")).read_bytes())
+        return Predicted([], 1.0, 0)
+
+    monkeypatch.setattr(scorer, "predict_units", overtaken)
+    assert predict_batch(config).images == 200
+    assert {key: output.read(key) for key in output.keys("")} == before
+    assert len(rows_of(output)["path"]) == 200
 
 
 def test_a_slower_job_of_the_same_leaves_what_is_published(

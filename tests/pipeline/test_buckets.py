@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
@@ -14,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline import storage
-from pipeline.errors import StorageError
+from pipeline.errors import ConfigError, StorageError
 from pipeline.feed import find_feed, read_unit
 from pipeline.storage import Store, open_store
 from tests.conftest import refusal
@@ -197,6 +198,25 @@ def test_a_file_that_changes_while_it_is_open_is_read_no_more(behind: Store) -> 
             file.read()
 
 
+def test_an_object_that_changes_while_it_is_fetched_is_not_mixed_of_two(
+    proxy: Proxy, behind: Store, tmp_path: Path
+) -> None:
+    behind.put("k", bytes(60 * 2**20))
+
+    def replaced_before_the_second(method: str, _path: str) -> None:
+        if method == "GET" and proxy.asked.count("GET") == 2:
+            behind.fs.pipe_file(behind.path("k"), b"\1" * (60 * 2**20))
+
+    proxy.asked.clear()
+    proxy.instead = replaced_before_the_second
+    with pytest.raises(StorageError, match=rf"^{behind.locate('k')}: store failed \(.*pre-conditions") as raised:
+        behind.fetch("k", tmp_path / "k")
+    assert raised.value.may_pass
+    proxy.at_first(3, "GET", 200, None)
+    behind.fetch("k", tmp_path / "k")
+    assert (tmp_path / "k").read_bytes() == b"\1" * (60 * 2**20)
+
+
 def test_parquet_that_a_server_breaks_off_is_not_torn(
     proxy: Proxy, behind: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -216,6 +236,26 @@ def test_parquet_that_a_server_breaks_off_is_not_torn(
             ) as raised:
                 call()
             assert raised.value.may_pass
+
+
+def test_a_source_that_cannot_be_listed_is_not_empty(
+    proxy: Proxy, behind: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    behind.put("in/x.png", b"x")
+    with pytest.raises(ConfigError, match="there is nothing to predict"):
+        find_feed(behind.locate("none/*.png"), "image", 28)
+    monkeypatch.setenv("LENET_S3_OUTAGE_S", "0")
+
+    def no_listing(_method: str, path: str) -> tuple[int, str] | None:
+        """But whether anything is there at all is told."""
+        return (500, error("InternalError")) if "list-type" in path and "max-keys=1" not in path else None
+
+    proxy.instead = no_listing
+    for source in ("in", "in/*.png"):
+        with pytest.raises(StorageError, match=r"/in: cannot be listed \(.*\); check the server$") as raised:
+            find_feed(behind.locate(source), "image", 28)
+        assert raised.value.may_pass
+    assert find_feed(behind.locate("in/x.png"), "image", 28).units[0].keys == ("x.png",)
 
 
 def test_a_conflict_between_conditional_writes_is_tried_again(proxy: Proxy, behind: Store) -> None:

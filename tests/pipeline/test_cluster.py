@@ -37,7 +37,7 @@ from pipeline.cluster import (
     ray_session,
     run_on_ray,
 )
-from pipeline.errors import ClusterError, ConfigError
+from pipeline.errors import ClusterError, ConfigError, StorageError
 from tests.conftest import free_ports, processes_with
 
 ROOT = Path(__file__).parents[2]
@@ -207,6 +207,20 @@ def test_work_that_stays_on_this_host_runs_on_a_head_that_offers_no_cpus(cluster
     config = ClusterConfig(workers=1, gpu="no", ray_address=cluster.address)
     check_cluster(config)
     assert list(run_on_ray(config, lambda number: number + 1, range(5))) == [1, 2, 3, 4, 5]
+
+
+def test_what_a_task_fails_of_is_told_in_its_line(cluster: Cluster) -> None:
+    def fail(error: Exception) -> None:
+        raise error
+
+    config = ClusterConfig(workers=1, gpu="no", ray_address=cluster.address)
+    failures = [StorageError("x"), StorageError("x", may_pass=False), ConfigError("x", 1, "is not", "use 2")]
+    for failure in failures:
+        with pytest.raises(type(failure)) as raised:
+            list(run_on_ray(config, fail, [failure]))
+        assert (str(raised.value), raised.value.may_pass) == (str(failure), failure.may_pass)
+    with pytest.raises(ZeroDivisionError, match="in call"):  # a bug keeps its traceback
+        list(run_on_ray(config, fail, [ZeroDivisionError("x")]))
 
 
 class Counting:

@@ -2,10 +2,12 @@
 
 import gzip
 import logging
+import os
 import struct
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -149,6 +151,31 @@ def test_changed_data_is_another_dataset(own: Path, bring: Bring, contents: Cont
     assert second.facts.made_of != first.facts.made_of
     assert len(set(contents(second, "train")) ^ set(contents(first, "train"))) == 2
     assert sorted(path.name for path in cache_folder().iterdir()) == sorted([first.folder.name, second.folder.name])
+
+
+def test_what_nobody_has_asked_for_in_days_makes_room(own: Path, bring: Bring) -> None:
+    def change(value: int) -> None:
+        data = bytearray((own / IMAGES["train"]).read_bytes())
+        data[-1] = value
+        (own / IMAGES["train"]).write_bytes(data)
+
+    def age(folder: Path) -> None:
+        os.utime(folder, (time.time() - convert.KEPT_S - 60,) * 2)
+
+    converted = []
+    for value in range(3):
+        change(value)
+        converted.append(bring(own).folder)
+    other = fetch(SourceConfig(dataset="mine-0123456789ab", source=str(own)))
+    taken = other.with_name("mine-0123456789ab")  # as one of ours would be called
+    other.rename(taken)
+    for folder in (converted[0], converted[1], taken):
+        age(folder)
+    change(0)
+    assert bring(own).folder == converted[0]  # in use again
+    change(3)
+    converted.append(bring(own).folder)
+    assert set(cache_folder().iterdir()) == {converted[0], converted[2], converted[3], taken}
 
 
 @pytest.mark.parametrize("name", [IMAGES["train"], FACTS])

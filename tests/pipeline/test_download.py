@@ -144,6 +144,12 @@ def test_a_mirror_gives_the_published_bytes(tiny: Tiny, mirror: "Loopback") -> N
     assert {path.name: path.read_bytes() for path in cached_files()} == tiny.contents
 
 
+def test_a_mirror_whose_files_come_unpacked_gives_the_published_bytes(tiny: Tiny, mirror: "Loopback") -> None:
+    mirror.gzip_is_encoding = True
+    tiny.fetch(mirror.url)
+    assert {path.name: path.read_bytes() for path in cached_files()} == tiny.contents
+
+
 def test_a_mirror_that_fails_twice_is_asked_again(
     tiny: Tiny, mirror: "Loopback", monkeypatch: pytest.MonkeyPatch
 ) -> None:

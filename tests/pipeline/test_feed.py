@@ -177,6 +177,23 @@ def test_no_more_pictures_are_held_than_are_decoded(
     assert events == ["read", "decoded"] * 4
 
 
+def test_what_is_too_large_for_a_picture_is_not_read(tmp_path: Path, images: Pixels, pool: Executor) -> None:
+    (tmp_path / "a.png").write_bytes(png(images[0]))
+    with (tmp_path / "video.png").open("wb") as file:
+        file.truncate(feed.LARGEST + 1)  # which takes no room on the disk
+    found = find_feed(str(tmp_path), "image", 28)
+    (unit,) = found.units
+    tracemalloc.start()
+    try:
+        (part,) = read_unit(found.store, unit, "image", 28, "auto", pool)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert (part.paths, part.bad) == (["a.png", "video.png"], {1: "more than 512,000,000 bytes"})
+    assert np.array_equal(part.images[0], images[0])
+    assert peak < 10 * 2**20
+
+
 def test_a_source_in_either_store(store: Store, images: Pixels, pool: Executor) -> None:
     for row in range(3):
         store.put(f"in/{row}.png", png(images[row]))
@@ -185,7 +202,11 @@ def test_a_source_in_either_store(store: Store, images: Pixels, pool: Executor) 
     (part,) = read_unit(found.store, unit, "image", 28, "auto", pool)
     assert (part.paths, part.bad) == (["0.png", "1.png", "2.png"], {})
     assert np.array_equal(part.images, images[:3])
-    assert find_feed(store.locate("in/1.png"), "image", 28).units[0].keys == ("1.png",)
+    alone = find_feed(store.locate("in/1.png"), "image", 28)
+    assert alone.units[0].keys == ("1.png",)
+    assert alone.digest == source_digest(store.locate("in/1.*"))
+    with pytest.raises(ConfigError, match="there is nothing to predict"):
+        find_feed(store.locate("in/none*.png"), "image", 28)
     assert find_feed(store.locate("in/[0]*.png").replace("[0]", "?"), "image", 28).images == 3
     store.put("in/2.png", png(images[5]))
     assert source_digest(store.locate("in")) != found.digest
@@ -242,7 +263,8 @@ def test_a_name_that_is_no_text_is_read_like_any_other(tmp_path: Path, images: P
         (pa.array(["a", "b"]), "large.parquet, image: string is not images; they have to be encoded PNG or JPEG"),
         (pa.array([b"1" * 100] * 2, pa.binary(100)), "image: 100 pixels where the model's 28x28 are 784; give encoded"),
         (pa.array([[1] * 9] * 2, pa.list_(pa.uint8(), 9)), "image: 9 pixels where the model's 28x28 are 784;"),
-        (tensors(np.zeros((2, 32, 32), np.uint8)), "image: 1024 pixels where the model's 28x28 are 784;"),
+        (tensors(np.zeros((2, 32, 32), np.uint8)), "image: tensors of shape [32, 32], not 28x28; give encoded"),
+        (tensors(np.zeros((2, 4, 14, 14), np.uint8)), "image: tensors of shape [4, 14, 14], not 28x28;"),
         (tensors(np.zeros((28, 28, 2), np.uint8).T), "image: tensors with axes exchanged; store them row by row"),
     ],
 )

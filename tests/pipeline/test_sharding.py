@@ -125,7 +125,7 @@ def test_after_a_crash_the_rerun_goes_on_with_the_shards_that_are_missing(
     assert not [key for key in store.keys("datasets") if "/parts/" in key]
 
 
-def test_a_receipt_whose_shard_is_damaged_counts_for_nothing(small_source: Source, local_store: Store) -> None:
+def test_a_receipt_whose_shard_is_damaged_or_gone_counts_for_nothing(small_source: Source, local_store: Store) -> None:
     def crash_at_the_end(work: Callable[[ShardTask], Part], tasks: Iterable[ShardTask]) -> Iterator[Part]:
         yield from map(work, tasks)
         raise KeyboardInterrupt
@@ -134,6 +134,7 @@ def test_a_receipt_whose_shard_is_damaged_counts_for_nothing(small_source: Sourc
         write_shards(local_store, small_source, CONFIG, crash_at_the_end)
     shards = [key for key in local_store.keys("datasets") if key.endswith(".parquet")]
     local_store.put(shards[0], b"torn")
+    local_store.delete(shards[2])
     receipts = [key for key in local_store.keys("datasets") if key.endswith(".json")]
     local_store.put(receipts[1], b"torn")
     verify_shards(local_store, write_shards(local_store, small_source, CONFIG))

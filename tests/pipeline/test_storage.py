@@ -195,6 +195,8 @@ def test_arrow_reads_and_writes_parquet_in_the_same_place(store: Store) -> None:
     ("url", "remedy"),
     [
         ("file://relative/path", "write file:///relative/path"),
+        ("file:///data/c#/store", "write %23, or the path alone"),
+        ("file:///data/what?", "write %3F, or the path alone"),
         ("s3://", "use one of these"),
         ("gs://bucket/x", "use one of these"),
         ("http://host/x", "use one of these"),
@@ -205,6 +207,7 @@ def test_arrow_reads_and_writes_parquet_in_the_same_place(store: Store) -> None:
         ("s3://bucket/run?", "use another prefix"),
         ("s3://bucket*/run", "use another prefix"),
         ("s3://my bucket/x", "write s3://bucket/prefix"),
+        ("s3://bucket//prefix", "write s3://bucket/prefix"),
     ],
 )
 def test_other_urls_are_refused_with_a_remedy(url: str, remedy: str) -> None:

@@ -1,5 +1,6 @@
 """Proves that a folder keeps a store's promises when a disk fails, a process is killed, or a folder is not readable."""
 
+import errno
 import os
 import pickle
 import re
@@ -61,6 +62,20 @@ def test_a_write_that_fails_at_its_last_step_leaves_nothing(
     assert not pickle.loads(pickle.dumps(raised.value)).may_pass  # noqa: S301  # as Ray sends it from a worker
     assert local_store.keys("") == ["k"]
     assert local_store.read("k") == b"y"
+
+
+@pytest.mark.parametrize("operation", ["create", "check_writable"])
+def test_a_file_system_without_hard_links_is_named_before_any_work(
+    local_store: Store, monkeypatch: pytest.MonkeyPatch, operation: str
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")  # Linux, of exFAT
+
+    monkeypatch.setattr(os, "link", fail)
+    with pytest.raises(StorageError, match=r": its file system makes no hard links \(Operation .*\), by") as raised:
+        OPERATIONS[operation](local_store)
+    assert not raised.value.may_pass
+    assert local_store.keys("") == []
 
 
 @pytest.mark.parametrize(("operation", "last"), [("put", "replace"), ("create", "link")])
