@@ -16,6 +16,7 @@ from prefect.server.events.schemas.automations import EventTrigger
 from prefect.server.events.schemas.events import ReceivedEvent
 from prefect.types._datetime import now
 
+from flows.caretaker import HEARD_AGAIN, UNHEARD
 from flows.predict_lenet import predict_lenet
 from flows.retention import retention
 from flows.server import SETTINGS
@@ -113,6 +114,9 @@ def test_ports_and_heartbeats_are_those_of_the_local_stack(
         assert deployment["work_pool"]["job_variables"]["env"]["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"] == beat
     [automation] = yaml.safe_load((INFRA / "automations.yaml").read_text())["automations"]
     assert automation["trigger"]["within"] >= 3 * int(beat)
+    [action] = automation["actions"]
+    assert action["message"].startswith(UNHEARD)
+    assert HEARD_AGAIN.total_seconds() >= 1.5 * int(beat)
 
 
 def test_wherever_a_server_is_started_it_keeps_on_disk_who_holds_a_deployments_place() -> None:
