@@ -1,8 +1,8 @@
 """Looks after flow runs whose process is gone: `python -m flows.caretaker`, one process beside each Prefect server.
 
 A crashed flow run is given to the workers again, and so goes on from its checkpoint, or follows the Ray job that still
-trains; of one that crashes each time, people are told, as no process of its own is left to do so. The job of a
-cancelled flow run whose process could not stop it any more is stopped.
+trains; of one that crashes each time, people are told, as no process of its own is left to do so. So is one that a
+worker took and did not begin. The job of a cancelled flow run whose process could not stop it any more is stopped.
 
 Prefect's own hooks run in the process that died; its automations, tried for this, fired four times for one crash and
 not at all for the next.
@@ -12,7 +12,10 @@ import logging
 import sys
 import time
 from collections.abc import Iterable
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from itertools import pairwise
+from typing import Any
 from uuid import UUID
 
 import httpx
@@ -25,10 +28,11 @@ from prefect.client.schemas.filters import (
     FlowRunFilterStateType,
     FlowRunFilterTags,
 )
-from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.client.schemas.sorting import FlowRunSort
+from prefect.events.filters import EventFilter
 from prefect.exceptions import PrefectException
-from prefect.states import AwaitingRetry, Failed
+from prefect.states import AwaitingRetry, Cancelled, Failed
 
 from flows.notify import notify
 from flows.server import require_url
@@ -45,26 +49,76 @@ POLL_S = 5
 # A worker reports a crash that its process monitor has reported before, up to 12 s later: over a run that is under way
 # again, if that was done sooner.
 SETTLED = timedelta(seconds=20)
+# The message begins so where infra/automations.yaml says crashed. Prefect's server, back from a minute and a half away,
+# says it of whatever ran meanwhile: what lives sends a heartbeat every 30 s, which is seen 5 s later.
+UNHEARD, HEARD_AGAIN = "No heartbeat", timedelta(seconds=60)
+NOT_BEGUN = timedelta(minutes=5)  # a worker takes a flow run and starts its process: 10 s, on a busy machine a minute
 FORGOTTEN = timedelta(days=1)
-LIVES = 4
+LIVES, BEGINNINGS = 4, 2  # how often a flow run may crash, and before it has ever begun
 
 
-def to_revive(crashed: Iterable[FlowRun], now: datetime) -> list[UUID]:
-    """Those that have begun, have not used up their lives, and crashed a while ago, but not long ago."""
-    return [found.id for found in _deployed(crashed, now) if 1 <= found.run_count < LIVES]
+@dataclass(frozen=True)
+class Crash:
+    """A flow run that has crashed, and all states that it has been in, the first first."""
+
+    run: FlowRun
+    states: list[State[Any]]
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether it was to end: Prefect's engine says crashed over that, when it is ended."""
+        for state in reversed(self.states):
+            if state.type in (StateType.CANCELLING, StateType.CANCELLED):
+                return True
+            if state.type == StateType.SCHEDULED:
+                break
+        return False
+
+    @property
+    def hopeless(self) -> bool:
+        """Whether it has used up its lives, or never begins: its code is not to be found, say. An engine that found the
+        server away crashes too before it has begun, but not each time."""
+        if self.run.run_count:
+            return self.run.run_count >= LIVES
+        crashes = [False, *(state.type == StateType.CRASHED for state in self.states)]
+        # Of one crash there may be two reports.
+        return sum(here and not before for before, here in pairwise(crashes)) >= BEGINNINGS
 
 
-def to_give_up(crashed: Iterable[FlowRun], now: datetime) -> list[FlowRun]:
-    """Those that have used up their lives, or never began: their code is not to be found, say."""
-    return [found for found in _deployed(crashed, now) if not 1 <= found.run_count < LIVES]
+def to_cancel(crashed: Iterable[Crash]) -> list[UUID]:
+    """Those that were cancelled before."""
+    return [found.run.id for found in crashed if found.cancelled]
 
 
-def find_crashed(client: SyncPrefectClient) -> list[FlowRun]:
-    """Flow runs of our deployments that have crashed."""
-    return _find(client, StateType.CRASHED)
+def to_revive(crashed: Iterable[Crash], now: datetime) -> list[UUID]:
+    """Those that have not used up their lives, and crashed not long ago."""
+    return [found.run.id for found in crashed if not (found.cancelled or found.hopeless or _forgotten(found.run, now))]
 
 
-def revive(client: SyncPrefectClient, crashed: Iterable[FlowRun], now: datetime) -> list[UUID]:
+def to_give_up(crashed: Iterable[Crash], now: datetime) -> list[FlowRun]:
+    """Those that go on no more: their lives are used up, or they crashed so long ago that nobody waits for them."""
+    return [found.run for found in crashed if not found.cancelled and (found.hopeless or _forgotten(found.run, now))]
+
+
+def find_crashed(client: SyncPrefectClient, now: datetime) -> list[Crash]:
+    """Flow runs of our deployments that crashed a while ago, and whose process is gone."""
+    return [
+        Crash(found, client.read_flow_run_states(found.id))
+        for found in _find(client, StateType.CRASHED)
+        if _deployed_since(found, now, SETTLED) and not _may_live(client, found, now)
+    ]
+
+
+def cancel(client: SyncPrefectClient, crashed: Iterable[Crash]) -> list[UUID]:
+    """Let what was cancelled count as cancelled; the ids of those flow runs."""
+    ids = to_cancel(crashed)
+    for flow_run_id in ids:
+        client.set_flow_run_state(flow_run_id, Cancelled(message="it was cancelled, and crashed over it"), force=True)
+        log.info("flow run %s was cancelled before it crashed: it does not go on", flow_run_id)
+    return ids
+
+
+def revive(client: SyncPrefectClient, crashed: Iterable[Crash], now: datetime) -> list[UUID]:
     """Let any worker take up what has crashed; the ids of those flow runs."""
     ids = to_revive(crashed, now)
     for flow_run_id in ids:
@@ -73,11 +127,23 @@ def revive(client: SyncPrefectClient, crashed: Iterable[FlowRun], now: datetime)
     return ids
 
 
-def give_up(client: SyncPrefectClient, crashed: Iterable[FlowRun], now: datetime) -> list[UUID]:
+def begin_again(client: SyncPrefectClient, now: datetime) -> list[UUID]:
+    """Let any worker take up what a worker took, and died before it began; the ids of those flow runs."""
+    pending = _find(client, StateType.PENDING)
+    ids = [found.id for found in pending if _deployed_since(found, now, NOT_BEGUN)]
+    for flow_run_id in ids:
+        client.set_flow_run_state(flow_run_id, AwaitingRetry(), force=True)
+        log.info("flow run %s was taken by a worker, and did not begin: another may", flow_run_id)
+    return ids
+
+
+def give_up(client: SyncPrefectClient, crashed: Iterable[Crash], now: datetime) -> list[UUID]:
     """Let what goes on no more count as failed, and tell people; the ids of those flow runs."""
     hopeless = to_give_up(crashed, now)
     for found in hopeless:
         how = f"crashed {found.run_count} times; the last time" if found.run_count else "crashed before it began"
+        if _forgotten(found, now):
+            how = "crashed more than a day ago, while nobody looked after it"
         message = f"{how}: {found.state.message if found.state else ''}"
         client.set_flow_run_state(found.id, Failed(message=message), force=True)
         log.info("flow run %s is given up: %s", found.id, message)
@@ -117,13 +183,40 @@ def stop_left(client: SyncPrefectClient, now: datetime, seen: dict[UUID, bool]) 
     return stopped
 
 
-def _deployed(crashed: Iterable[FlowRun], now: datetime) -> list[FlowRun]:
-    return [found for found in crashed if found.deployment_id is not None and _settled(found, now)]
+def _since(found: FlowRun, now: datetime) -> timedelta:
+    """For how long a flow run has been in its state."""
+    return now - found.state.timestamp if found.state else timedelta()
+
+
+def _deployed_since(found: FlowRun, now: datetime, least: timedelta) -> bool:
+    return found.deployment_id is not None and _since(found, now) >= least
+
+
+def _forgotten(found: FlowRun, now: datetime) -> bool:
+    return _since(found, now) > FORGOTTEN
 
 
 def _settled(found: FlowRun, now: datetime) -> bool:
     """Whether a flow run came into its state a while ago, but not long ago."""
-    return found.state is not None and SETTLED <= now - found.state.timestamp <= FORGOTTEN
+    return SETTLED <= _since(found, now) <= FORGOTTEN
+
+
+def _may_live(client: SyncPrefectClient, crashed: FlowRun, now: datetime) -> bool:
+    """Whether the process of a flow run that crashed by its silence is heard, or may yet be.
+
+    Prefect takes its place under the deployment's limit from it when it says crashed, and ends it for that within four
+    minutes, with a checkpoint. Taken up sooner, it would be at work twice, and the end of one stop what both follow.
+    """
+    if not (crashed.state and (crashed.state.message or "").startswith(UNHEARD)):
+        return False
+    if _since(crashed, now) < HEARD_AGAIN:
+        return True
+    heard = {
+        "event": {"name": ["prefect.flow-run.heartbeat"]},
+        "resource": {"id": [f"prefect.flow-run.{crashed.id}"]},
+        "occurred": {"since": now - HEARD_AGAIN},
+    }
+    return bool(client.read_events(EventFilter.model_validate(heard), limit=1).events)
 
 
 def _find(
@@ -150,10 +243,13 @@ def main() -> None:
         log.info("looking after flow runs of %s", client.api_url)
         while True:
             try:
-                crashed = find_crashed(client)
-                revive(client, crashed, datetime.now(UTC))
-                give_up(client, crashed, datetime.now(UTC))
-                stop_left(client, datetime.now(UTC), seen)
+                now = datetime.now(UTC)
+                crashed = find_crashed(client, now)
+                cancel(client, crashed)
+                revive(client, crashed, now)
+                give_up(client, crashed, now)
+                begin_again(client, now)
+                stop_left(client, now, seen)
             except (httpx.HTTPError, PrefectException) as error:
                 log.warning("Prefect cannot be asked: %s", error)
             time.sleep(POLL_S)

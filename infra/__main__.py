@@ -60,6 +60,8 @@ def up(stack: Stack) -> None:
             "PREFECT_HOME": str((stack.folder / "prefect").absolute()),
             "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
             "PREFECT_SERVER_DATABASE_TIMEOUT": "60",  # SQLite has one writer; others wait for it rather than fail
+            # Else it forgets, when it starts again, who holds a deployment's place, and that flow run is ended for it.
+            "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
             "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
             "PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "10",  # until a schedule that is switched on is seen
             "PREFECT_WORKER_QUERY_SECONDS": "1",  # how often a worker asks for work: 10 is what a person waits for

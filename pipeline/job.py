@@ -59,8 +59,11 @@ def own_cluster() -> str:
     return os.environ["RAY_ADDRESS"]
 
 
-def _end(error: BaseException, code: int) -> None:
-    print(json.dumps({"error": type(error).__name__, "args": [str(arg) for arg in error.args]}), flush=True)
+def _end(error: PipelineError | Terminated, code: int) -> None:
+    said: dict[str, object] = {"error": type(error).__name__, "args": [str(arg) for arg in error.args]}
+    if isinstance(error, PipelineError):
+        said["may_pass"] = error.may_pass
+    print(json.dumps(said), flush=True)
     sys.exit(code)
 
 

@@ -309,10 +309,13 @@ def _error(client: Client, job: str, status: JobStatus) -> BaseException:
         lines = [line for line in client.get_job_logs(job).splitlines() if line.strip()]
         if lines and lines[-1].startswith("{"):
             said = json.loads(lines[-1])
-            if said["error"] == Terminated.__name__:
+            if said["error"] != Terminated.__name__:
+                raised: type[PipelineError] = getattr(errors, said["error"], TrainingError)
+                error = raised(*said["args"])
+                error.may_pass = said.get("may_pass", error.may_pass)  # a job of an earlier version does not say it
+                return error
+            if status != JobStatus.STOPPED:  # else it is chance that it said so: Ray kills it after 3 s
                 return Terminated()
-            raised: type[BaseException] = getattr(errors, said["error"], TrainingError)
-            return raised(*said["args"])
         message = client.get_job_info(job).message or (lines[-1] if lines else "no output")
         message = message.partition(", last available logs")[0]  # they begin with the whole request
         # Killed, perhaps, on a head without memory: then another job goes on. One that somebody stopped does not.

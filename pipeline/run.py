@@ -213,8 +213,9 @@ def train(
         on_now(now)
 
     if config.by_job:
-        # All values, and not the name: of a file, perhaps, which is not there or another one.
-        parameters = config.model_dump(mode="json", exclude={"recipe"}) | config.spelled_out()
+        # All values, and not the name: of a file, perhaps, which is not there or another one. The store in full: the
+        # job's working directory is another.
+        parameters = config.model_dump(mode="json", exclude={"recipe"}) | config.spelled_out() | {"storage": store.url}
         work = pipeline.jobs.training(store, run_id, parameters, manifest.folder, on_epoch, heard)
         return pipeline.jobs.run_job(str(config.ray_address), work)
     return pipeline.train.fit(store, run_id, manifest, config, config, config, on_epoch, heard)

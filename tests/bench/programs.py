@@ -51,6 +51,7 @@ class Cluster:
             "PREFECT_API_URL": self.api,
             "PREFECT_HOME": str(self.own / "prefect"),
             "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+            "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
             "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
             "PREFECT_LOGGING_EXTRA_LOGGERS": "pipeline,flows",
             "PREFECT_WORKER_QUERY_SECONDS": "2",

@@ -1,5 +1,5 @@
 """Proves on a real Prefect server what the caretaker does about cancelled flow runs, whatever is wrong with one, and
-about those that crash again and again."""
+about those that crash, once or again and again, did not begin, or live although they are said to have crashed."""
 
 import logging
 import os
@@ -13,24 +13,33 @@ from uuid import UUID, uuid4
 import pytest
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.objects import FlowRun, State
-from prefect.states import AwaitingRetry, Cancelled, Crashed, Running
+from prefect.events import emit_event
+from prefect.events.filters import EventFilter, EventNameFilter
+from prefect.states import AwaitingRetry, Cancelled, Cancelling, Crashed, Pending, Running
 from prefect.variables import Variable
 
 from flows.caretaker import (
     FORGOTTEN,
+    HEARD_AGAIN,
     LIVES,
+    NOT_BEGUN,
     SETTLED,
     TAG,
+    UNHEARD,
+    Crash,
+    begin_again,
+    cancel,
     find_crashed,
     give_up,
     revive,
     stop_left,
+    to_cancel,
     to_give_up,
     to_revive,
 )
 from flows.train_lenet import name_run, train_lenet
 from pipeline.run import RunConfig
-from tests.conftest import free_ports
+from tests.conftest import free_ports, wait_for
 
 ROOT = Path(__file__).parents[2]
 IN_VAIN = "cannot be looked for"
@@ -69,58 +78,111 @@ def test_cancelled_flow_runs_are_looked_after_whatever_is_wrong_with_one_of_them
         assert IN_VAIN not in caplog.text
 
 
+def deployed(client: SyncPrefectClient, *states: State[Any]) -> UUID:
+    """A flow run of our deployment that has been through these states."""
+    deployment = client.create_deployment(client.create_flow(train_lenet), "train-lenet", tags=[TAG])
+    found = client.create_flow_run_from_deployment(deployment)
+    for state in states:
+        client.set_flow_run_state(found.id, state, force=True)
+    return found.id
+
+
+def ends(client: SyncPrefectClient, *flow_runs: UUID) -> list[tuple[str | None, str | None]]:
+    """The state of each, and what it says."""
+    states = [client.read_flow_run(flow_run).state for flow_run in flow_runs]
+    return [(state.name, state.message) for state in states if state]
+
+
 @pytest.mark.usefixtures("prefect")
 def test_what_crashed_too_often_or_never_began_is_given_up_and_people_are_told(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.INFO)
+    gone = Crashed(message="the process is gone")
     with get_client(sync_client=True) as client:
         Variable.set("lenet_notify", "no-such/block", overwrite=True)
-        deployment = client.create_deployment(client.create_flow(train_lenet), "train-lenet", tags=[TAG])
-
-        def crashed(*begun: State[Any]) -> UUID:
-            found = client.create_flow_run_from_deployment(deployment)
-            for state in [*begun, Crashed(message="the process is gone")]:
-                client.set_flow_run_state(found.id, state, force=True)
-            return found.id
-
-        often, never, once = crashed(*[Running()] * LIVES), crashed(), crashed(Running())
-        assert give_up(client, find_crashed(client), datetime.now(UTC)) == []  # not settled yet
+        often, once = deployed(client, *[Running()] * LIVES, gone), deployed(client, Running(), gone)
+        never = deployed(client, Pending(), gone, AwaitingRetry(), Pending(), gone)
+        reported_twice = deployed(client, Pending(), gone, gone)
+        begun(client, (TAG,), Running(), gone)  # of no deployment: no worker takes it up
+        assert find_crashed(client, datetime.now(UTC)) == []  # not settled yet
         settled = datetime.now(UTC) + SETTLED
-        assert set(give_up(client, find_crashed(client), settled)) == {often, never}
-        assert give_up(client, find_crashed(client), settled) == []
-        assert revive(client, find_crashed(client), settled) == [once]
-        states = [client.read_flow_run(found).state for found in (often, never)]
-    messages = [
-        f"crashed {LIVES} times; the last time: the process is gone",
-        "crashed before it began: the process is gone",
-    ]
-    assert [(state.name, state.message) for state in states if state] == [("Failed", text) for text in messages]
+        crashed = find_crashed(client, settled)
+        assert set(give_up(client, crashed, settled)) == {often, never}
+        assert set(revive(client, crashed, settled)) == {once, reported_twice}
+        assert find_crashed(client, settled) == []
+        assert ends(client, often, never) == [
+            ("Failed", f"crashed {LIVES} times; the last time: the process is gone"),
+            ("Failed", "crashed before it began: the process is gone"),
+        ]
     said = [record.getMessage() for record in caplog.records if record.name == "flows.notify"]
     assert sum(line.startswith("nobody was notified that ") for line in said) == 2  # but tried
 
 
-def test_what_crashed_a_moment_or_long_ago_or_is_of_no_deployment_is_left_alone() -> None:
-    now, second = datetime.now(UTC), timedelta(seconds=1)
+@pytest.mark.usefixtures("prefect")
+def test_what_was_cancelled_does_not_go_on_and_what_did_not_begin_does() -> None:
+    with get_client(sync_client=True) as client:
+        for way in ([Cancelling()], [Cancelling(), Cancelled()]):
+            cancelled = deployed(client, Running(), *way, Crashed())
+            settled = datetime.now(UTC) + SETTLED
+            crashed = find_crashed(client, settled)
+            assert cancel(client, crashed) == [cancelled]
+            assert revive(client, crashed, settled) == give_up(client, crashed, settled) == []
+            assert ends(client, cancelled) == [("Cancelled", "it was cancelled, and crashed over it")]
+        pending = deployed(client, Pending())
+        begun(client, (TAG,), Pending())
+        assert begin_again(client, datetime.now(UTC)) == []
+        assert begin_again(client, datetime.now(UTC) + NOT_BEGUN) == [pending]
+        assert ends(client, pending) == [("AwaitingRetry", None)]
 
-    def crashed(lives: int, ago: timedelta = SETTLED, deployed: bool = True) -> FlowRun:
-        deployment = uuid4() if deployed else None
-        state = Crashed(timestamp=now - ago)
-        return FlowRun(flow_id=uuid4(), deployment_id=deployment, run_count=lives, state=state)
 
-    good = [crashed(1), crashed(LIVES - 1), crashed(1, FORGOTTEN)]
-    hopeless = [crashed(0), crashed(LIVES), crashed(LIVES + 1), crashed(0, FORGOTTEN)]
-    others = [
-        other
-        for lives in (0, 1)
-        for other in (
-            crashed(lives, SETTLED - second),
-            crashed(lives, FORGOTTEN + second),
-            crashed(lives, deployed=False),
-        )
+@pytest.mark.usefixtures("prefect")
+def test_what_is_heard_again_is_not_taken_up_while_it_lives() -> None:
+    name = "prefect.flow-run.heartbeat"
+    with get_client(sync_client=True) as client:
+        silent, living = (deployed(client, Running(), Crashed(message=f"{UNHEARD} for 90 seconds")) for _ in range(2))
+        beat = emit_event(name, {"prefect.resource.id": f"prefect.flow-run.{living}"})
+        assert beat is not None
+        wait_for(lambda: client.read_events(EventFilter(event=EventNameFilter(name=[name])), limit=1).events)
+        assert find_crashed(client, beat.occurred + HEARD_AGAIN / 2) == []  # of neither it is known yet
+        assert [found.run.id for found in find_crashed(client, beat.occurred + HEARD_AGAIN)] == [silent]
+        later = beat.occurred + HEARD_AGAIN + timedelta(seconds=1)
+        assert set(revive(client, find_crashed(client, later), later)) == {silent, living}
+
+
+def test_what_becomes_of_a_crash_depends_on_all_that_was_before_it() -> None:
+    now, moment = datetime.now(UTC), timedelta(seconds=1)
+    scheduled, crash = [AwaitingRetry(), Pending(), Running()], Crashed()
+
+    def crashed(lives: int, *before: State[Any], ago: timedelta = SETTLED) -> Crash:
+        run = FlowRun(flow_id=uuid4(), deployment_id=uuid4(), run_count=lives, state=Crashed(timestamp=now - ago))
+        return Crash(run, [*before, crash])
+
+    good = [
+        crashed(1, *scheduled),
+        crashed(LIVES - 1, *scheduled, crash, *scheduled, crash, *scheduled),
+        crashed(1, *scheduled, ago=FORGOTTEN),
+        crashed(1, *scheduled, Cancelling(), Cancelled(), *scheduled),  # somebody has thought better of it
+        crashed(0, AwaitingRetry(), Pending()),
+        crashed(0, AwaitingRetry(), Pending(), crash),
     ]
-    assert to_revive([*others, *good, *hopeless], now) == [found.id for found in good]
-    assert to_give_up([*others, *good, *hopeless], now) == hopeless
+    hopeless = [
+        crashed(LIVES, *scheduled),
+        crashed(LIVES + 1, *scheduled),
+        crashed(1, *scheduled, ago=FORGOTTEN + moment),
+        crashed(0, AwaitingRetry(), Pending(), ago=FORGOTTEN + moment),
+        crashed(0, AwaitingRetry(), Pending(), crash, AwaitingRetry(), Pending()),
+    ]
+    cancelled = [
+        crashed(lives, *scheduled, *way, ago=ago)
+        for lives in (1, LIVES)
+        for way in ([Cancelling()], [Cancelled()], [Cancelling(), Cancelled(), crash])
+        for ago in (SETTLED, FORGOTTEN + moment)
+    ]
+    every = [*cancelled, *good, *hopeless]
+    assert to_revive(every, now) == [found.run.id for found in good]
+    assert to_give_up(every, now) == [found.run for found in hopeless]
+    assert to_cancel(every) == [found.run.id for found in cancelled]
 
 
 @pytest.mark.parametrize("recipe", ["modern", "./mine/Tuned on müde.json", f"/{'x' * 99}.json"])

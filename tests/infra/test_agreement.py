@@ -11,10 +11,12 @@ import yaml
 from prefect import Flow, flow
 from prefect.client.schemas.objects import FlowRun
 from prefect.flow_engine import FlowRunEngine
+from prefect.server.concurrency.lease_storage import filesystem
 from prefect.server.events.schemas.automations import EventTrigger
 from prefect.server.events.schemas.events import ReceivedEvent
 from prefect.types._datetime import now
 
+from flows.caretaker import HEARD_AGAIN, UNHEARD
 from flows.predict_lenet import predict_lenet
 from flows.retention import retention
 from flows.server import SETTINGS
@@ -112,6 +114,18 @@ def test_ports_and_heartbeats_are_those_of_the_local_stack(
         assert deployment["work_pool"]["job_variables"]["env"]["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"] == beat
     [automation] = yaml.safe_load((INFRA / "automations.yaml").read_text())["automations"]
     assert automation["trigger"]["within"] >= 3 * int(beat)
+    [action] = automation["actions"]
+    assert action["message"].startswith(UNHEARD)
+    assert HEARD_AGAIN.total_seconds() >= 1.5 * int(beat)
+
+
+def test_wherever_a_server_is_started_it_keeps_on_disk_who_holds_a_deployments_place() -> None:
+    files = ["README.md", "docs/clusters.md", "infra/__main__.py", "infra/compose.yaml", "tests/bench/programs.py"]
+    setting = re.compile(r"PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE\W+([\w.]*\w)")
+    for file in files:
+        assert setting.findall((ROOT / file).read_text()) == [filesystem.__name__], file
+    server = COMPOSE["prefect-server"]
+    assert server["volumes"] == [f"prefect:{server['environment']['PREFECT_HOME']}"]  # a new container has it, too
 
 
 def heartbeat(of: Flow[..., Any]) -> ReceivedEvent:

@@ -22,7 +22,7 @@ import pipeline.job
 from infra.__main__ import _found
 from pipeline import jobs
 from pipeline.config import config_of
-from pipeline.errors import ClusterError, ConfigError, StorageError
+from pipeline.errors import ClusterError, ConfigError, StorageError, TrainingError
 from pipeline.progress import LOG
 from pipeline.run import RunConfig
 from pipeline.shards import Manifest
@@ -118,7 +118,7 @@ def test_other_versions_on_the_cluster_are_the_last_line_of_the_job(
     with pytest.raises(SystemExit):
         pipeline.job.main(json.dumps({"work": "train", "versions": {**here, "python": "3.9"}}))
     said = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert said["error"] == "ClusterError"
+    assert (said["error"], said["may_pass"]) == ("ClusterError", True)
     assert said["args"] == [
         f"the cluster has python {here['python']}, not 3.9; install the same versions as where the run begins"
     ]
@@ -166,6 +166,43 @@ def test_a_job_whose_process_is_killed_may_be_tried_again(
     [error] = raised
     assert error.may_pass
     assert str(error) == f"job {work.name}-1 has failed: Job entrypoint command failed with exit code 137"
+
+
+@pytest.mark.parametrize("may_pass", [True, False])
+def test_whether_a_failure_may_pass_is_known_here_too(address: str, may_pass: bool) -> None:
+    client = jobs.connect(address)
+    script = f"from pipeline import errors, job; job._end(errors.StorageError('away', may_pass={may_pass}), 1)"
+    job = client.submit_job(entrypoint=f'{sys.executable} -c "{script}"')
+    wait_for(lambda: client.get_job_status(job).is_terminal())
+    error = jobs._error(client, job, client.get_job_status(job))
+    assert isinstance(error, StorageError)
+    assert (str(error), error.may_pass) == ("away", may_pass)
+
+
+@pytest.mark.parametrize("patience", [0, 600], ids=["at once", "killed"])
+def test_a_job_that_somebody_stopped_is_not_done_again_however_it_ends(
+    address: str, tmp_path: Path, patience: int
+) -> None:
+    script = tmp_path / "job.py"
+    script.write_text(
+        "import signal, time\n"
+        "from pipeline import errors, job\n"
+        "def end(*_):\n"
+        f"    time.sleep({patience})\n"
+        "    job._end(errors.Terminated(), 143)\n"
+        "signal.signal(signal.SIGTERM, end)\n"
+        "print('ready', flush=True)\n"
+        "time.sleep(600)\n"
+    )
+    client = jobs.connect(address)
+    job = client.submit_job(entrypoint=f"{sys.executable} {script}")
+    wait_for(lambda: "ready" in client.get_job_logs(job))
+    client.stop_job(job)
+    wait_for(lambda: client.get_job_status(job).is_terminal())
+    assert ("Terminated" in client.get_job_logs(job)) == (not patience)
+    error = jobs._error(client, job, client.get_job_status(job))
+    assert isinstance(error, TrainingError)
+    assert str(error).startswith(f"job {job} has stopped: ")
 
 
 def test_a_job_finds_its_own_cluster_of_several_on_the_machine(stack: Running, address: str) -> None:

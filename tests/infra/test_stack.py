@@ -286,6 +286,19 @@ def test_a_part_that_was_killed_is_seen_and_comes_back(stack: Running) -> None:
     assert not server.is_running()
 
 
+def test_a_server_that_comes_back_knows_who_holds_a_deployments_place(stack: Running) -> None:
+    # As a flow run under way does it, every 225 seconds: one whose place is gone is ended.
+    place = [stack.deployment()["global_concurrency_limit"]["name"]]
+    lease = stack.client.increment_concurrency_slots_with_lease(place, 1, "concurrency", 300).json()["lease_id"]
+    killed = stack.processes("server start") + stack.processes("prefect.server.api.server")
+    assert killed
+    for process in killed:
+        process.kill()
+    wait_for(lambda: stack.command("status").returncode == 0)
+    stack.client.renew_concurrency_lease(lease, 300)  # which raises, if the server knows nothing of it
+    stack.client.release_concurrency_slots_with_lease(lease)
+
+
 def test_down_leaves_nothing_but_data_and_logs(stack: Running) -> None:
     assert len(stack.processes()) > len(PARTS)
     assert stack.command("down").returncode == 0

@@ -109,12 +109,13 @@ def test_a_search_whose_recipe_cannot_be_written_does_not_begin(tmp_path: Path) 
     assert kept.read_text() == "as it was"
 
 
-def test_a_job_has_all_of_a_recipe_whose_file_is_not_where_it_runs(
+def test_a_job_has_the_store_and_all_of_a_recipe_whose_file_is_not_where_it_runs(
     tmp_path: Path, small_manifest: Callable[[Store], Manifest], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     file = tmp_path / "mine.json"
     file.write_bytes(encode_recipe(varied(RECIPES["modern"], {"lr": 0.03, "shift": 1})))
-    given = {"storage": str(tmp_path / "store"), "run_id": "r", "recipe": str(file), "epochs": 5}
+    given = {"storage": "./store", "run_id": "r", "recipe": str(file), "epochs": 5}
     config = config_of({**given, "ray_address": "http://127.0.0.1:8265"})
     here = config.resolved()
     submitted: list[dict[str, Any]] = []
@@ -123,7 +124,7 @@ def test_a_job_has_all_of_a_recipe_whose_file_is_not_where_it_runs(
     file.unlink()
     there = config_of(submitted[0])
     assert varied(there.resolved(), {"name": here.name}) == here
-    assert (there.run_id, there.storage) == ("r", config.storage)
+    assert (there.run_id, there.storage) == ("r", (tmp_path / "store").as_uri())
 
 
 def test_the_record_has_all_of_a_recipe_whose_file_is_gone(tmp_path: Path) -> None:
