@@ -236,11 +236,12 @@ def growing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         "RAY_CLOUD_INSTANCE_ID": FAKE_HEAD_NODE_ID,
         "RAY_OVERRIDE_NODE_ID_FOR_TESTING": FAKE_HEAD_NODE_ID,
         "LENET_TEST": str(config),
+        "CUDA_VISIBLE_DEVICES": "0",  # a node of a GPU would not start where there is said to be none
     }
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--node-ip-address=127.0.0.1"]
     command += [f"--port={port}", f"--ray-client-server-port={client_port}", "--min-worker-port=0"]
-    command += ["--max-worker-port=0", "--num-cpus=0", "--include-dashboard=false", "--disable-usage-stats"]
-    command += [f"--autoscaling-config={config}"]
+    command += ["--max-worker-port=0", "--num-cpus=0", "--num-gpus=0", "--include-dashboard=false"]
+    command += ["--disable-usage-stats", f"--autoscaling-config={config}"]
     try:
         subprocess.run(command, env=env, check=True, capture_output=True)
         yield f"127.0.0.1:{port}"
