@@ -37,7 +37,8 @@ from pipeline.cluster import (
     run_on_ray,
 )
 from pipeline.errors import ClusterError, ConfigError
-from tests.conftest import free_ports, processes_with
+from pipeline.scorer import _room
+from tests.conftest import free_ports, processes_with, refusal
 
 Node = dict[str, float]
 KEY, NAMESPACE = b"CLUSTER_METADATA", b"cluster"  # where a head keeps what it runs
@@ -182,6 +183,15 @@ def test_work_that_stays_on_this_host_runs_on_a_head_that_offers_no_cpus(cluster
     config = ClusterConfig(workers=1, gpu="no", ray_address=cluster.address)
     check_cluster(config)
     assert list(run_on_ray(config, lambda number: number + 1, range(5))) == [1, 2, 3, 4, 5]
+
+
+def test_files_of_a_machine_that_offers_no_cpus_cannot_be_predicted(cluster: Cluster) -> None:
+    config = ClusterConfig(workers=1, gpu="no", ray_address=cluster.address)
+    with ray_session(config):
+        assert refusal(lambda: _room(config, pinned=True), ClusterError) == (
+            "this machine gives Ray no CPU, and files of it are asked for; use s3:// for source and output"
+        )
+        assert _room(config, pinned=False) == (1, {})
 
 
 class Counting:
