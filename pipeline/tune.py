@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import ray.tune
@@ -79,6 +80,7 @@ def tune(
             ),
             run_config=ray.tune.RunConfig(name="tune", storage_path=folder, verbose=0, callbacks=[_Say(config.trials)]),
         )
+        logging.getLogger(ray.tune.run.__module__).setLevel(logging.CRITICAL)  # which have failed, we tell
         with ended_by_sigterm():
             grid = tuner.fit()
     trials = [
@@ -156,7 +158,7 @@ def _trial(parameters: Mapping[str, Any], metrics: Mapping[str, Any]) -> Trial:
 
 
 class _Say(ray.tune.Callback):
-    """A line for each trial that has ended."""
+    """A line for each trial that has ended, or failed."""
 
     def __init__(self, trials: int) -> None:
         self.trials, self.ended = trials, 0
@@ -167,3 +169,8 @@ class _Say(ray.tune.Callback):
         settings = ", ".join(f"{name}={value:.4g}" for name, value in found.parameters.items())
         log.info("trial %d of %d: accuracy %.4f after %d epochs with %s", self.ended, self.trials, found.accuracy,
                  found.epochs, settings)  # fmt: skip
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self.ended += 1
+        why = cause_of(RuntimeError(Path(trial.error_file).read_text()))
+        log.warning("trial %d of %d failed: %s", self.ended, self.trials, why)

@@ -97,12 +97,18 @@ def test_the_recipe_is_the_best_trials_and_a_run_accepts_its_file(tuned: Tuned, 
     ],
 )
 def test_a_search_whose_trials_all_fail_says_why_in_a_line(
-    store: Store, manifest: Manifest, monkeypatch: pytest.MonkeyPatch, trial: Callable[..., None],
-    kind: type[PipelineError], said: str,
+    store: Store, manifest: Manifest, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+    trial: Callable[..., None], kind: type[PipelineError], said: str,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(pipeline.tune, "_train", trial)
+    monkeypatch.setattr(logging.getLogger("ray.tune"), "parent", logging.getLogger())  # for caplog
     few, cluster = TuneConfig(vary=("lr",), trials=2), ClusterConfig(workers=2, gpu="no")
     assert refusal(lambda: tune(store, manifest, BASE, 0, few, cluster), kind) == said
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR], "it has a traceback"
+    one, other = [message for message in caplog.messages if " failed: " in message]
+    assert one.startswith("trial 1 of 2 failed: ")
+    assert other.startswith("trial 2 of 2 failed: ")
+    assert other.endswith(said.removeprefix("every trial failed: "))
 
 
 @pytest.mark.parametrize(("number", "raised"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)])
