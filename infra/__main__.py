@@ -239,6 +239,7 @@ def _deploy() -> None:
     if done.returncode:
         said = done.stderr.strip().splitlines()
         raise ClusterError(said[-1].removeprefix("deploy: ") if said else f"infra.deploy ended with {done.returncode}")
+    print(done.stdout, end="", flush=True)
 
 
 def _processes(stack: Stack) -> list[psutil.Process]:

@@ -2,7 +2,8 @@
 
 Where runs are published and where Ray is, the deployments learn from LENET_STORAGE and LENET_RAY_ADDRESS; without the
 latter each run starts Ray for itself. A second time leaves alone what was set in Prefect meanwhile: schedules,
-parameters that prefect.yaml does not have, whether the pool is paused and the automation enabled.
+parameters that prefect.yaml does not have, whether the pool is paused and the automation enabled. A parameter that the
+flow does not have any more goes, and is told of.
 """
 
 import os
@@ -21,6 +22,7 @@ from prefect.events.schemas.automations import AutomationCore
 from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 from prefect.settings import get_current_settings
 from prefect.workers.process import ProcessWorker
+from pydantic import BaseModel
 
 from flows.server import require_url
 from infra.stack import BIN, ROOT
@@ -64,17 +66,37 @@ def deploy() -> None:
 def merged(
     entry: dict[str, Any], there_is: DeploymentResponse | None, environment: Mapping[str, str]
 ) -> dict[str, Any]:
-    """A deployment's entry of prefect.yaml, with what the environment says, and what was set at the server."""
+    """A deployment's entry of prefect.yaml, with what the environment says, and what was set at the server. Says what
+    of the latter is dropped: with a parameter that it does not know, a flow would fail before it begins."""
     given = {field: value for field, name in PARAMETERS[entry["name"]].items() if (value := environment.get(name))}
     theirs = {
         field: value
         for field, value in (there_is.parameters if there_is else {}).items()
         if field not in PARAMETERS[entry["name"]]
     }
-    result = entry | {"parameters": theirs | entry.get("parameters", {}) | given}
+    gone = sorted(theirs.keys() - _fields(entry["name"])) if theirs else []
+    if gone:
+        print(f"{entry['name']}: dropped, as the flow has no such parameter any more: {', '.join(gone)}", flush=True)
+    kept = {field: value for field, value in theirs.items() if field not in gone}
+    result = entry | {"parameters": kept | entry.get("parameters", {}) | given}
     if there_is and there_is.schedules:
         result.pop("schedules", None)  # Prefect keeps what it has where it is given none
     return result
+
+
+def _fields(name: str) -> set[str]:
+    """The parameters that a deployment's flow has."""
+    # 3 s and more, which most who deploy need not wait for: they have set nothing at the server.
+    from pipeline.batch import PredictConfig
+    from pipeline.retention import RetentionConfig
+    from pipeline.run import RunConfig
+
+    configs: dict[str, type[BaseModel]] = {
+        "train-lenet": RunConfig,
+        "predict-lenet": PredictConfig,
+        "retention": RetentionConfig,
+    }
+    return set(configs[name].model_fields)
 
 
 def _make_pool(client: SyncPrefectClient) -> None:

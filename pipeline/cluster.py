@@ -42,6 +42,7 @@ RAY_TRAIN_SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # take in reports, and see the end, after 0.2 seconds, not two
     "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",  # the control loop is of this process, and its log ours
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # it would go on with what there is, as if nobody had interrupted it
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # by a traceback: pipeline/tune.py says each in a line
     "RAY_AIR_NEW_OUTPUT": "0",  # that sends people to folders that are gone
 }
 # Ray's workers give way to all other processes, at niceness 15. On a machine of one's own, with three that were busy on

@@ -193,13 +193,6 @@ class Tally:
         )
 
 
-def judge(logits: Logits, labels: Pixels, names: tuple[str, ...]) -> Verdict:
-    """The verdict on logits (N, n_classes) against labels (N,)."""
-    tally = Tally(len(names))
-    tally.add(logits, labels, 0)
-    return tally.verdict(names)
-
-
 def mcnemar(only_first: int, only_second: int) -> float:
     """The two-sided p-value of McNemar's exact test, from how many images only one of two models gets right."""
     from scipy.stats import binomtest

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import ray.tune
@@ -19,12 +20,14 @@ from ray.tune.schedulers import ASHAScheduler
 from lenet.recipe import Recipe
 from lenet.step import metrics_of
 from pipeline.cluster import ClusterConfig, ray_session
+from pipeline.errors import PipelineError, TrainingError
 from pipeline.loader import Place, ResidentLoader, augmented
 from pipeline.memory import keep_memory
 from pipeline.recipe import Hyperparameter, TuneConfig, varied
 from pipeline.shards import Manifest
 from pipeline.signals import ended_by_sigterm
 from pipeline.storage import Store, open_store
+from pipeline.trainer import cause_of
 from pipeline.worker import evaluate_split, load_share, open_learner
 
 log = logging.getLogger(__name__)
@@ -57,6 +60,7 @@ def tune(
     """Try variations of `recipe` on a dataset with a validation split, as many at a time as `cluster` has workers.
 
     Poor ones end early by asynchronous successive halving (Li et al., 2018). The same seed tries the same combinations.
+    When all trials fail, raises what one has met, or TrainingError; ConfigError or ClusterError when there is no room.
     """
     space: dict[str, Any] = {name: _range(recipe, name) for name in config.vary}
     with ray_session(cluster) as gpu, tempfile.TemporaryDirectory(prefix="lenet-") as folder:
@@ -76,6 +80,7 @@ def tune(
             ),
             run_config=ray.tune.RunConfig(name="tune", storage_path=folder, verbose=0, callbacks=[_Say(config.trials)]),
         )
+        logging.getLogger(ray.tune.run.__module__).setLevel(logging.CRITICAL)  # which have failed, we tell
         with ended_by_sigterm():
             grid = tuner.fit()
     trials = [
@@ -84,7 +89,11 @@ def tune(
         if result.metrics and not result.error
     ]
     if not trials:
-        raise grid.errors[0]
+        error = grid.errors[0]
+        cause = getattr(error, "cause", error)  # Ray's own has a traceback for a message
+        if isinstance(cause, PipelineError):
+            raise cause from None
+        raise TrainingError(f"every trial failed: {cause_of(error)}") from None
     # One that was ended early may have been lucky; those that trained to the end are compared with each other.
     trials.sort(key=lambda trial: (trial.epochs, trial.accuracy), reverse=True)
     return Tuned(varied(recipe, {**trials[0].parameters, "name": f"{recipe.name}-tuned"}), trials)
@@ -149,7 +158,7 @@ def _trial(parameters: Mapping[str, Any], metrics: Mapping[str, Any]) -> Trial:
 
 
 class _Say(ray.tune.Callback):
-    """A line for each trial that has ended."""
+    """A line for each trial that has ended, or failed."""
 
     def __init__(self, trials: int) -> None:
         self.trials, self.ended = trials, 0
@@ -160,3 +169,8 @@ class _Say(ray.tune.Callback):
         settings = ", ".join(f"{name}={value:.4g}" for name, value in found.parameters.items())
         log.info("trial %d of %d: accuracy %.4f after %d epochs with %s", self.ended, self.trials, found.accuracy,
                  found.epochs, settings)  # fmt: skip
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self.ended += 1
+        why = cause_of(RuntimeError(Path(trial.error_file).read_text()))
+        log.warning("trial %d of %d failed: %s", self.ended, self.trials, why)

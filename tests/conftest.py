@@ -40,10 +40,25 @@ settings.load_profile("lenet")
 Splits = dict[str, tuple[Pixels, Pixels]]
 
 START_DEADLINE_S = 120
-# One token for every Ray that tests start, on loopback, the stack's too. A process reads these when it imports Ray, and
-# the conftests of the folders below do so. Workers get their share of a busy machine, as those of a local Ray do.
+# One token for every Ray that tests start, on loopback, the stack's too.
 RAY_TOKEN = "5" * 64
-os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=RAY_TOKEN, RAY_worker_niceness="0")
+STRANGERS = ("AWS_", "LENET_", "PREFECT_", "RAY_")
+# No credentials, cluster, server, database or GPU of the developer's own reaches a test, nor a fixture. A process reads
+# these when it imports Ray or Prefect, and the conftests of the folders below do so. A Ray worker that a test started
+# has the token, and when it imports a file of tests it keeps what it was given. Workers get their share of a busy
+# machine, as those of a local Ray do.
+if os.environ.get("RAY_AUTH_TOKEN") != RAY_TOKEN:
+    for stranger in [name for name in os.environ if name.startswith(STRANGERS)]:
+        del os.environ[stranger]
+    os.environ.update(
+        AWS_CONFIG_FILE=os.devnull,
+        AWS_SHARED_CREDENTIALS_FILE=os.devnull,
+        AWS_EC2_METADATA_DISABLED="true",
+        CUDA_VISIBLE_DEVICES="",
+        RAY_AUTH_MODE="token",
+        RAY_AUTH_TOKEN=RAY_TOKEN,
+        RAY_worker_niceness="0",
+    )
 # Files that share what takes a minute to make.
 SHARED = {
     "tests/infra/test_jobs.py": "stack",
@@ -242,17 +257,6 @@ def processes_with(name: str, value: str) -> list[psutil.Process]:
 def _one_torch_thread() -> None:
     """Small tensors gain nothing from a second thread, and on a busy machine two of them wait for each other."""
     torch.set_num_threads(1)
-
-
-@pytest.fixture(autouse=True)
-def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No credentials, cluster or server of the developer's own reaches a test."""
-    for name in list(os.environ):
-        if name.startswith("AWS_") or name in ("RAY_ADDRESS", "PREFECT_API_URL"):
-            monkeypatch.delenv(name)
-    monkeypatch.setenv("AWS_CONFIG_FILE", os.devnull)
-    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,8 @@
-"""Proves that the layers keep to themselves: who imports whom, and what nobody may use."""
+"""Proves that the layers keep to themselves: who imports whom, and what nobody may use; and tests to what is theirs."""
 
 import ast
 import importlib.util
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,12 +11,15 @@ from pathlib import Path
 import pytest
 
 from pipeline.imports import LATE_IMPORTS
+from tests.conftest import RAY_TOKEN
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = ("lenet", "pipeline", "flows")
 SHIPPED = sorted(path for layer in LAYERS for path in (ROOT / layer).rglob("*.py"))
 EVERYTHING = sorted([*SHIPPED, *(ROOT / "tests").rglob("*.py"), *(ROOT / "infra").rglob("*.py")])
 MAX_LINES = 400
+OWN = ["AWS_PROFILE", "CUDA_VISIBLE_DEVICES", "LENET_STORAGE", "PREFECT_API_URL",
+       "PREFECT_SERVER_DATABASE_CONNECTION_URL", "RAY_ADDRESS"]  # fmt: skip
 
 
 def named(path: Path) -> str:
@@ -91,3 +95,13 @@ def test_what_is_imported_late_is_there_and_not_imported_early() -> None:
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
     for name in LATE_IMPORTS:
         assert importlib.util.find_spec(name) is not None
+
+
+@pytest.mark.parametrize(("token", "left"), [("another", []), (RAY_TOKEN, OWN)], ids=["test", "worker"])
+def test_nothing_of_a_developers_own_reaches_a_test_and_a_ray_worker_of_a_test_keeps_what_it_has(
+    token: str, left: list[str]
+) -> None:
+    script = f"import os, tests.conftest; print(*[name for name in {OWN} if os.environ.get(name) == 'own'])"
+    env = {**os.environ, **dict.fromkeys(OWN, "own"), "RAY_AUTH_TOKEN": token}
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == left

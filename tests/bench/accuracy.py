@@ -45,7 +45,7 @@ def main(
     seeds: Annotated[int, Parameter(help="Trainings of each recipe.")] = 5,
     ablation_epochs: Annotated[int, Parameter(help="Epochs of each training that lacks a part; 0 for none.")] = 30,
     recipes: Annotated[list[str], Parameter(help="Recipes to judge.")] = ["seed", "classic", "modern"],  # noqa: B006
-    results: Annotated[Path, Parameter(help="Kept here as they come; what is there is not done again.")] = Path(
+    results: Annotated[Path, Parameter(help="Kept here until all have come; what is there is not done again.")] = Path(
         "accuracy.json"
     ),
     output: Annotated[Path, Parameter(help="Where the tables go.")] = ROOT / "docs" / "accuracy.md",
@@ -64,8 +64,8 @@ def main(
             results.write_text(json.dumps(found, indent=2))
             print(name, value, flush=True)
 
-        for number, (name, changes) in enumerate(WITHOUT.items() if ablation_epochs else ()):
-            if name not in found:
+        for number, (part, changes) in enumerate(WITHOUT.items() if ablation_epochs else ()):
+            if (name := part_name(part, ablation_epochs)) not in found:
                 config = TrainConfig(recipe="modern", epochs=ablation_epochs, **changes)
                 training = fit(store, f"part-{number}", held_out, config, cluster, LoadConfig())
                 keep(name, {"accuracy": training.history[-1].held_out_accuracy})
@@ -79,7 +79,13 @@ def main(
                     keep(name, {"accuracy": verdict.accuracy, "seconds": training.wall_seconds})
     text = report(found, seeds, ablation_epochs, recipes)
     output.write_text(text)
+    results.unlink()  # the next time is to measure anew
     print(text)
+
+
+def part_name(part: str, epochs: int) -> str:
+    """What the training that lacks a part is kept by."""
+    return f"{part}, {epochs} epochs"
 
 
 def report(found: dict[str, Any], seeds: int, ablation_epochs: int, recipes: list[str]) -> str:
@@ -93,7 +99,8 @@ def report(found: dict[str, Any], seeds: int, ablation_epochs: int, recipes: lis
             f"| {recipe} | {TrainConfig(recipe=recipe).resolved().epochs} | {statistics.mean(accuracy):.4f} | "
             f"{spread:.4f} | {min(accuracy):.4f} to {max(accuracy):.4f} | {statistics.median(seconds):.0f} |"
         )
-    parts = [f"| {name} | {found[name]['accuracy']:.4f} |" for name in WITHOUT if name in found]
+    names = {part: part_name(part, ablation_epochs) for part in WITHOUT}
+    parts = [f"| {part} | {found[name]['accuracy']:.4f} |" for part, name in names.items() if name in found]
     ablation = f"""
 ## What each part of `modern` is worth
 

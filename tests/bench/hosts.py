@@ -43,12 +43,13 @@ app = App(help=__doc__)
 
 @dataclass
 class Outcome:
-    """What came of a run. `next_s` is from the disturbance to the end of the epoch it came in; `wrong` is empty if all
-    is as it should be."""
+    """What came of a run. `next_s` is from the disturbance to the end of the epoch that it came in, `epoch`; `wrong` is
+    empty if all is as it should be."""
 
     title: str
     reached: str
     seconds: float = 0.0
+    epoch: int = 0
     next_s: float = 0.0
     places: str = ""
     difference: float = 0.0
@@ -91,6 +92,9 @@ def carry_out(cluster: Cluster, store: Store, title: str, run_id: str, disturb: 
 
     wait_for(lambda: epochs_done(store, run_id) >= EPOCHS_BEFORE or ended(), f"{run_id}: no epoch")
     before, disturbed = epochs_done(store, run_id), time.monotonic()
+    outcome.epoch = before + 1
+    if before >= EPOCHS:
+        outcome.wrong.append("it was over before anything happened")
     disturb(cluster)
     wait_for(lambda: epochs_done(store, run_id) > before or ended(), f"{run_id}: stands still")
     outcome.next_s = time.monotonic() - disturbed
@@ -164,8 +168,8 @@ def scenarios(cluster: Cluster, store: Store) -> tuple[list[Outcome], float]:
 def table(outcomes: list[Outcome], ended_s: float, up_s: float, patient: bool) -> str:
     """What was measured, as Markdown."""
     lines = [
-        f"| {one.title} | {one.reached} | {one.places} | {one.next_s:.0f} | {one.seconds:.0f} | {one.difference:.1e} | "
-        f"{one.states} |"
+        f"| {one.title} | {one.reached} | {one.places} | {one.epoch} | {one.next_s:.0f} | {one.seconds:.0f} | "
+        f"{one.difference:.1e} | {one.states} |"
         for one in outcomes
     ]
     right = sum(not one.wrong for one in outcomes)
@@ -179,14 +183,15 @@ processes and shared memory of its own, joined by a bridge. Host 1 has Ray's hea
 Prefect worker; hosts 2 and 3 have a Ray node with one CPU each; host 4 has S3 and Prefect's server. All are up after
 {up_s:.0f} s.
 
-Each row is a run of the deployment `train-lenet`, of {EPOCHS} epochs on real data. In its third epoch a cable is pulled
-(the host's interface on the bridge goes down, so that packets are lost and nobody is told) or a process gets SIGKILL. A
-run is right if it is published, `verify_run` finds nothing, its weights are those of the undisturbed run (to
-{TOLERANCE:g}), and Prefect calls it and all its tasks completed, at the first attempt.
+Each row is a run of the deployment `train-lenet`, of {EPOCHS} epochs on real data. Once {EPOCHS_BEFORE} of them are
+over, a cable is pulled (the host's interface on the bridge goes down, so that packets are lost and nobody is told) or a
+process gets SIGKILL. A run is right if that came before its end, it is published, `verify_run` finds nothing, its
+weights are those of the undisturbed run (to {TOLERANCE:g}), and Prefect calls it and all its tasks completed, at the
+first attempt.
 
-| what happens | Ray is reached by | ranks were on | that epoch was over after, s | whole run, s | weights differ by | \
-states in Prefect |
-| --- | --- | --- | --- | --- | --- | --- |
+| what happens | Ray is reached by | ranks were on | in epoch | that was over after, s | whole run, s | \
+weights differ by | states in Prefect |
+| --- | --- | --- | --- | --- | --- | --- | --- |
 {chr(10).join(lines)}
 
 {right} of {len(outcomes)} runs are right.{wrong}

@@ -142,7 +142,7 @@ def scheduled(drill: Drill) -> str:
 
 def orphaned(drill: Drill) -> str:
     """A machine with a Prefect worker that is gone, and the flow's process with it: nobody is left to say so."""
-    drill.run("epochs=80", "run_id=orphaned", watch=False)
+    drill.run("epochs=250", "run_id=orphaned", watch=False)
     wait_for(lambda: drill.store.keys(f"{staging('orphaned')}/{PROGRESS}"), PATIENCE_S)
     for process in drill.running.processes():
         if "flows.engine" in process.cmdline() or "worker" in process.cmdline():
@@ -158,6 +158,9 @@ def orphaned(drill: Drill) -> str:
         for state in drill.running.states(run["id"])
         if state["type"] == "RUNNING"
     )
+    training = find_training(drill.store, "orphaned")
+    if training is None or training.finished.timestamp() <= again:
+        raise RuntimeError("the training was over before another worker took the run up: give it more epochs")
     return f"found and taken up by another worker after {again - killed:.0f} s; the training went on meanwhile: one job"
 
 

@@ -45,6 +45,18 @@ def test_the_environment_goes_before_the_file_and_the_file_before_what_was_set_a
     assert first == entry
 
 
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [("train-lenet", {"epochs": 3}), ("predict-lenet", {"workers": 1}), ("retention", {"keep_days": 9})],
+)
+def test_what_was_set_at_the_server_goes_where_the_flow_does_not_know_it_any_more(
+    capsys: pytest.CaptureFixture[str], name: str, known: dict[str, int]
+) -> None:
+    there_is = DeploymentResponse(name=name, flow_id=uuid4(), parameters={"colour": "red", **known})
+    assert merged({"name": name}, there_is, {})["parameters"] == known
+    assert capsys.readouterr().out == f"{name}: dropped, as the flow has no such parameter any more: colour\n"
+
+
 def deploy(variables: dict[str, str]) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "infra.deploy"]
     return subprocess.run(command, env={**os.environ, **variables}, cwd=ROOT, capture_output=True, text=True)

@@ -25,6 +25,8 @@ from pipeline.checkpoint import EpochMetrics, encode_model
 from pipeline.download import SourceConfig, cache_folder, fetch
 from pipeline.errors import DataError
 from pipeline.evaluate import Evaluation, Exported, evaluate, exported_key
+from pipeline.idx import Pixels
+from pipeline.metrics import Logits, Tally, Verdict
 from pipeline.promotion import Comparison
 from pipeline.publish import Published, publish
 from pipeline.registry import promote_by_hand, register
@@ -46,6 +48,13 @@ def assert_close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], a
     assert one.keys() == other.keys()
     for name in one:
         torch.testing.assert_close(one[name], other[name], rtol=0, atol=atol, msg=name)
+
+
+def judge(logits: Logits, labels: Pixels, names: tuple[str, ...]) -> Verdict:
+    """The verdict on logits (N, n_classes) against labels (N,)."""
+    tally = Tally(len(names))
+    tally.add(logits, labels, 0)
+    return tally.verdict(names)
 
 
 @pytest.fixture

@@ -38,7 +38,8 @@ from pipeline.cluster import (
     run_on_ray,
 )
 from pipeline.errors import ClusterError, ConfigError, StorageError
-from tests.conftest import free_ports, processes_with
+from pipeline.scorer import _room
+from tests.conftest import free_ports, processes_with, refusal
 
 ROOT = Path(__file__).parents[2]
 Node = dict[str, float]
@@ -223,6 +224,15 @@ def test_what_a_task_fails_of_is_told_in_its_line(cluster: Cluster) -> None:
         list(run_on_ray(config, fail, [ZeroDivisionError("x")]))
 
 
+def test_files_of_a_machine_that_offers_no_cpus_cannot_be_predicted(cluster: Cluster) -> None:
+    config = ClusterConfig(workers=1, gpu="no", ray_address=cluster.address)
+    with ray_session(config):
+        assert refusal(lambda: _room(config, pinned=True), ClusterError) == (
+            "this machine gives Ray no CPU, and files of it are asked for; use s3:// for source and output"
+        )
+        assert _room(config, pinned=False) == (1, {})
+
+
 class Counting:
     """Counts its calls, in each process anew."""
 
@@ -275,11 +285,12 @@ def growing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         "RAY_CLOUD_INSTANCE_ID": FAKE_HEAD_NODE_ID,
         "RAY_OVERRIDE_NODE_ID_FOR_TESTING": FAKE_HEAD_NODE_ID,
         "LENET_TEST": str(config),
+        "CUDA_VISIBLE_DEVICES": "0",  # a node of a GPU would not start where there is said to be none
     }
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--node-ip-address=127.0.0.1"]
     command += [f"--port={port}", f"--ray-client-server-port={client_port}", "--min-worker-port=0"]
-    command += ["--max-worker-port=0", "--num-cpus=0", "--include-dashboard=false", "--disable-usage-stats"]
-    command += [f"--autoscaling-config={config}"]
+    command += ["--max-worker-port=0", "--num-cpus=0", "--num-gpus=0", "--include-dashboard=false"]
+    command += ["--disable-usage-stats", f"--autoscaling-config={config}"]
     try:
         subprocess.run(command, env=env, check=True, capture_output=True)
         yield f"127.0.0.1:{port}"

@@ -29,13 +29,11 @@ from pipeline.errors import ClusterError, ConfigError, Terminated
 from pipeline.lease import ask_to_stop, lease_key
 from pipeline.loader import LoadConfig, Place, ResidentLoader
 from pipeline.recipe import TrainConfig
-from pipeline.sharding import ShardConfig, write_shards
 from pipeline.shards import Manifest
-from pipeline.source import Source
 from pipeline.storage import Store, open_store
 from pipeline.train import Training, find_training, fit, staging
 from pipeline.worker import Job, open_learner, train_worker
-from tests.conftest import Splits, wait_for
+from tests.conftest import wait_for
 from tests.pipeline.conftest import TOLERANCE
 
 # Long enough to be disturbed, and so gentle that float32's rounding does not grow.
@@ -168,35 +166,44 @@ def test_a_node_killed_in_mid_training_changes_nothing_nor_does_a_checkpoint_tor
     assert_same(store, training, undisturbed(manifest, store, RUN), EPOCHS)
 
 
+def taking_its_time(config: dict[str, Any]) -> None:
+    """The worker, whose epoch of 38 steps takes 19 s on any machine."""
+    word = pipeline.worker.Watch.word
+
+    def wait(watch: Any, loss: torch.Tensor, step: int) -> torch.Tensor:
+        time.sleep(0.5)
+        return word(watch, loss, step)
+
+    pipeline.worker.Watch.word = wait  # type: ignore[method-assign]
+    train_worker(config)
+
+
 def test_a_node_about_to_go_is_left_with_a_checkpoint(
-    tmp_path: Path, full_splits: Splits, make_source: Callable[[Path, Splits], Source], undisturbed: Undisturbed,
-    cluster: Cluster, caplog: pytest.LogCaptureFixture,
+    store: Store, manifest: Manifest, undisturbed: Undisturbed, cluster: Cluster, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
     """What a cloud does with a spot machine: a notice, and soon after the end."""
-    seen: list[tuple[int, int]] = []
+    monkeypatch.setattr(pipeline.train, "train_worker", taking_its_time)
 
     def drain_one() -> None:
+        wait_for(lambda: caplog.text.count("from epoch 1, step 1") == 2)
         node, why = cluster.list_all_nodes()[1].node_id, DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION
         end = time.time_ns() // 1_000_000 + 8_000
         accepted, refusal = GcsClient(cluster.address).drain_node(node, why, "spot", end)
         assert accepted, refusal
         cluster.add_node(num_cpus=1)
-        deadline = time.monotonic() + 8
-        while time.monotonic() < deadline:
-            seen.extend(positions(store, "drained"))
-            time.sleep(0.05)
 
-    # Epochs of four seconds or more, so that there are checkpoints in the middle of them.
-    store = open_store(str(tmp_path / "store"))
-    splits = {split: (images[:6000], labels[:6000]) for split, (images, labels) in full_splits.items()}
-    manifest = write_shards(store, make_source(tmp_path / "source", splits), ShardConfig())
-    config = TrainConfig(epochs=3, global_batch_size=2, lr=0.001, checkpoint_seconds=1e6)
-    on_epoch, acted = once_after(1, drain_one)
-    training = fit(store, "drained", manifest, config, TWO_ON_A_CLUSTER, LoadConfig(), on_epoch)
-    acted[0].result()
-    assert [step for _, step in seen if step], "there was no checkpoint in mid-epoch"
+    caplog.set_level(logging.INFO)
+    config = RUN.model_copy(update={"epochs": 1, "global_batch_size": 16, "checkpoint_seconds": 1e6})
+    drained = ThreadPoolExecutor(1).submit(drain_one)
+    training = fit(store, "drained", manifest, config, TWO_ON_A_CLUSTER, LoadConfig())
+    drained.result()
     assert "the machine of rank" in caplog.text
-    assert_same(store, training, undisturbed(manifest, store, config), 3)
+    begun = [int(step) for step in re.findall(r"rank \d: on cpu of .*, from epoch 1, step (\d+)", caplog.text)]
+    assert begun[:2] == [1, 1]
+    assert begun[2:], "the node did not go"
+    assert min(begun[2:]) > 1, "there was no checkpoint in mid-epoch"
+    assert_same(store, training, undisturbed(manifest, store, config), 1)
 
 
 def test_asked_to_stop_a_training_of_one_step_an_epoch_ends_with_a_checkpoint(

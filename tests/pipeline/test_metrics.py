@@ -19,7 +19,8 @@ from sklearn.metrics import (
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from pipeline.idx import Pixels
-from pipeline.metrics import CALIBRATION_BINS, MISTAKES_KEPT, Logits, Tally, Verdict, judge, mcnemar
+from pipeline.metrics import CALIBRATION_BINS, MISTAKES_KEPT, Logits, Tally, Verdict, mcnemar
+from tests.pipeline.conftest import judge
 
 NAMES = ("shirt", "shoe", "bag")
 SIZES = st.integers(1, 300)

@@ -5,8 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.metrics import Verdict, judge
+from pipeline.metrics import Verdict
 from pipeline.promotion import Comparison, PromoteConfig, compare, first, incomparable, render_decision
+from tests.pipeline.conftest import judge
 
 NAMES = ("shirt", "shoe", "bag")
 LABELS = np.repeat(np.arange(3, dtype=np.uint8), 400)

@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 import pipeline.tune
 from lenet.recipe import RECIPES
 from pipeline.cluster import ClusterConfig
-from pipeline.errors import Terminated
+from pipeline.errors import DataError, PipelineError, Terminated, TrainingError
 from pipeline.recipe import TrainConfig, TuneConfig, encode_recipe, varied
 from pipeline.sharding import ShardConfig, write_shards
 from pipeline.shards import Manifest
@@ -20,6 +21,7 @@ from pipeline.source import Source
 from pipeline.storage import Store, open_store
 from pipeline.tune import Tuned, tune
 from pipeline.tune import _train as train
+from tests.conftest import refusal
 
 # With sigmoids, nine epochs of 480 images teach nothing.
 BASE = varied(RECIPES["classic"], {"epochs": 9, "global_batch_size": 32})
@@ -30,6 +32,14 @@ def on_a_machine_with_a_gpu(parameters: dict[str, Any], **given: Any) -> None:
     """The trial, where torch finds a GPU, though it was given none."""
     torch.cuda.is_available = lambda: True
     train(parameters, **given)
+
+
+def finding_a_torn_shard(parameters: dict[str, Any], **given: Any) -> None:
+    raise DataError("train-00000.parquet: torn; shard again")
+
+
+def going_wrong(parameters: dict[str, Any], **given: Any) -> None:
+    raise ZeroDivisionError("division by zero")
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +87,28 @@ def test_the_recipe_is_the_best_trials_and_a_run_accepts_its_file(tuned: Tuned, 
     file = tmp_path / "tuned.json"
     file.write_bytes(encode_recipe(tuned.recipe))
     assert TrainConfig(recipe=str(file)).resolved() == tuned.recipe
+
+
+@pytest.mark.parametrize(
+    ("trial", "kind", "said"),
+    [
+        (finding_a_torn_shard, DataError, "train-00000.parquet: torn; shard again"),
+        (going_wrong, TrainingError, "every trial failed: ZeroDivisionError: division by zero"),
+    ],
+)
+def test_a_search_whose_trials_all_fail_says_why_in_a_line(
+    store: Store, manifest: Manifest, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+    trial: Callable[..., None], kind: type[PipelineError], said: str,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(pipeline.tune, "_train", trial)
+    monkeypatch.setattr(logging.getLogger("ray.tune"), "parent", logging.getLogger())  # for caplog
+    few, cluster = TuneConfig(vary=("lr",), trials=2), ClusterConfig(workers=2, gpu="no")
+    assert refusal(lambda: tune(store, manifest, BASE, 0, few, cluster), kind) == said
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR], "it has a traceback"
+    one, other = [message for message in caplog.messages if " failed: " in message]
+    assert one.startswith("trial 1 of 2 failed: ")
+    assert other.startswith("trial 2 of 2 failed: ")
+    assert other.endswith(said.removeprefix("every trial failed: "))
 
 
 @pytest.mark.parametrize(("number", "raised"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)])

@@ -252,6 +252,17 @@ def test_predictions_of_fewer_images_are_found(store: Store, url: str) -> None:
         list(verify(url))
 
 
+@on_disk
+def test_predictions_in_files_of_other_rows_than_the_test_shards_have_are_found(store: Store, url: str) -> None:
+    parts = [decode_predictions(store.read(f"{ROOT}/{name}")) for name in NAMES[3:5]]
+    logits, labels = np.concatenate([part.logits for part in parts]), np.concatenate([part.labels for part in parts])
+    for name, rows in zip(NAMES[3:5], (slice(0, 1), slice(1, 200)), strict=True):
+        rewrite(store, name, encode_predictions(logits[rows], labels[rows], rows.start))
+    forge(store)
+    with pytest.raises(DataError, match=r"predictions/00000\.parquet: does not have the rows of test shard 0; do not"):
+        list(verify(url))
+
+
 def forge(store: Store) -> None:
     """Have report and manifest say what the predictions give."""
     run = json.loads(store.read(f"{ROOT}/manifest.json"))

@@ -1,4 +1,5 @@
-"""Proves on a real Ray that each worker follows the recipe, and that a loss which is not finite stops all of them."""
+"""Proves on a real Ray that each worker follows the recipe, and that a loss which is not finite stops all of them,
+as does what goes wrong again and again."""
 
 import itertools
 import math
@@ -21,8 +22,9 @@ from pipeline.loader import LoadConfig, Place, ResidentLoader
 from pipeline.recipe import TrainConfig
 from pipeline.shards import Manifest, read_rows
 from pipeline.storage import Store, open_store
-from pipeline.train import find_training, fit, staging
+from pipeline.train import MAX_FAILURES, find_training, fit, staging
 from pipeline.worker import Job, Session, Watch, train_worker
+from tests.conftest import refusal
 from tests.pipeline.conftest import assert_close
 
 RUN = TrainConfig(epochs=12, global_batch_size=64, lr=0.5, seed=3)
@@ -133,6 +135,21 @@ def test_a_loss_undefined_on_one_rank_alone_is_told_of_it_and_stops_all_before_t
     before, _ = read_state(store.read(kept))
     for rank in (0, 1):
         assert_close(decode_model(store.read(f"ended/{rank}")).state_dict(), before, atol=0)
+
+
+def going_wrong(config: dict[str, Any]) -> None:
+    raise ZeroDivisionError("division by zero")
+
+
+def test_what_goes_wrong_again_and_again_ends_training_with_a_line(
+    store: Store, manifest: Manifest, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(pipeline.train, "train_worker", going_wrong)
+    config = ClusterConfig(workers=1, gpu="no")
+    message = refusal(lambda: fit(store, "hopeless", manifest, RUN, config, LoadConfig()), TrainingError)
+    assert message == "training failed for good: rank 0: division by zero"
+    assert caplog.text.count("All ranks start again, from the last checkpoint") == MAX_FAILURES
+    assert find_training(store, "hopeless") is None
 
 
 @pytest.mark.parametrize(
