@@ -142,7 +142,7 @@ def scheduled(drill: Drill) -> str:
 
 def orphaned(drill: Drill) -> str:
     """A machine with a Prefect worker that is gone, and the flow's process with it: nobody is left to say so."""
-    drill.run("epochs=250", "run_id=orphaned", watch=False)
+    drill.run("epochs=400", "run_id=orphaned", watch=False)
     wait_for(lambda: drill.store.keys(f"{staging('orphaned')}/{PROGRESS}"), PATIENCE_S)
     for process in drill.running.processes():
         if "flows.engine" in process.cmdline() or "worker" in process.cmdline():
