@@ -11,7 +11,7 @@
 # make accuracy  the recipes over five seeds, and what each part is worth (1 hour), into docs/accuracy.md
 # make faults kill workers, nodes and drivers 21 times (15 minutes), into docs/faults.md
 # make hosts  as root: whole runs on four hosts in network namespaces, one cut off (12 minutes), into docs/hosts.md
-# make drill  up, runs by Prefect, a schedule, ten runs at once, down: all by a script (15 minutes), into docs/stack.md
+# make drill  up, runs by Prefect, a schedule, ten runs at once, down: all by a script (20 minutes), into docs/stack.md
 # make gpu-check  on a machine with a GPU: hold it to the CPU's results, and measure (5 minutes), into docs/gpu.md
 # make parity compare with a plain PyTorch loop over seeds and worker counts (20 minutes), into docs/parity.md
 
