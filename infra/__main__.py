@@ -25,7 +25,6 @@ from supervisor.xmlrpc import SupervisorTransport
 
 from flows.options import option
 from flows.parameters import with_parameters
-from flows.server import past_proxies
 from infra.stack import AT_ONCE, BIN, BUCKET, MARK, NODES, PARTS, ROOT, Stack, configuration, environment, inherited
 from pipeline.config import config_of
 from pipeline.errors import ClusterError, ConfigError, PipelineError, StorageError, first_line
@@ -273,7 +272,6 @@ def main(arguments: list[str] | None = None) -> None:
         """Stop the stack; data and logs stay."""
         down(_found(folder))
 
-    os.environ.update(past_proxies(os.environ))
     try:
         app(sys.argv[1:] if arguments is None else arguments)
     except CycloptsError as error:

@@ -24,7 +24,12 @@ ACTIVATIONS = ("sigmoid", "tanh", "relu")  # by their numbers in C
 
 def library() -> ctypes.CDLL | None:
     """The fastest compiled code that this machine can run; None where it was not compiled, or for another machine."""
-    return next(filter(None, map(library_for, NEEDS)), None)
+    return library_for(found) if (found := lanes()) else None
+
+
+def lanes() -> int | None:
+    """How many images the `library` takes at a time."""
+    return next(filter(library_for, NEEDS), None)
 
 
 @functools.cache

@@ -58,6 +58,16 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM has ended the training, which left a checkpoint to go on from."""
 
 
+def restored(name: str, args: list[str], may_pass: bool | None = None) -> PipelineError:
+    """The error of that class that another process has told of as data, with whether it may pass, if that was said; a
+    TrainingError for a class that this version does not have."""
+    kind: type[PipelineError] = globals().get(name, TrainingError)
+    error = kind(*args)
+    if may_pass is not None:
+        error.may_pass = may_pass
+    return error
+
+
 def first_line(error: BaseException) -> str:
     """What an error of a library says, as part of a line of ours; its class's name when it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -23,9 +23,8 @@ import requests
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
-from pipeline import errors
 from pipeline.cluster import ClusterConfig, check_cluster
-from pipeline.errors import ClusterError, PipelineError, StorageError, Terminated, TrainingError, first_line
+from pipeline.errors import ClusterError, PipelineError, StorageError, Terminated, TrainingError, first_line, restored
 from pipeline.lease import ask_to_stop, lease_key
 from pipeline.progress import OnEpoch, OnNow, followed
 from pipeline.signals import on_signal
@@ -310,10 +309,7 @@ def _error(client: Client, job: str, status: JobStatus) -> BaseException:
         if lines and lines[-1].startswith("{"):
             said = json.loads(lines[-1])
             if said["error"] != Terminated.__name__:
-                raised: type[PipelineError] = getattr(errors, said["error"], TrainingError)
-                error = raised(*said["args"])
-                error.may_pass = said.get("may_pass", error.may_pass)  # a job of an earlier version does not say it
-                return error
+                return restored(said["error"], said["args"], said.get("may_pass"))  # a job of before does not say it
             if status != JobStatus.STOPPED:  # else it is chance that it said so: Ray kills it after 3 s
                 return Terminated()
         message = client.get_job_info(job).message or (lines[-1] if lines else "no output")

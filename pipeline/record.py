@@ -15,7 +15,7 @@ import psutil
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from lenet.compiled import NEEDS, library_for
+from lenet.compiled import lanes
 from pipeline.documents import find_document, keep_document, read_document
 from pipeline.storage import Store, sha256
 from pipeline.train import staging
@@ -74,7 +74,7 @@ def versions() -> dict[str, str]:
 def lineage() -> dict[str, str]:
     """What else the result may depend on: the locked set of packages (sha256 of the lock, hex), the machine, and what
     convolves on its CPU."""
-    compiled = next((f"compiled, {lanes} images at a time" for lanes in NEEDS if library_for(lanes)), "torch's")
+    compiled = f"compiled, {found} images at a time" if (found := lanes()) else "torch's"
     lock = Path(__file__).parents[1] / "requirements.lock"
     memory = psutil.virtual_memory().total / 2**30
     return {

@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from ray._private.state import available_resources_per_node
 
 from pipeline.cluster import ClusterConfig, placeable, ray_session
-from pipeline.errors import ClusterError, DataError, StorageError
+from pipeline.errors import ClusterError, DataError, StorageError, restored
 from pipeline.feed import Feed, Slice, Unit, read_unit
 from pipeline.metrics import Logits
 from pipeline.own import THREADS
@@ -38,7 +38,6 @@ BLOCKS = 10_000  # that Ray Data keeps track of
 FREE_CPU_S = 60  # how long others may hold every CPU before we give up
 SAY_EVERY_S = 30
 NODE_LABEL = "ray.io/node-id"  # that Ray gives every node
-REFUSALS: dict[str, type[DataError] | type[StorageError]] = {"DataError": DataError, "StorageError": StorageError}
 
 
 class Part(BaseModel):
@@ -119,9 +118,7 @@ def predict_units(job: Job, feed: Feed, cluster: ClusterConfig) -> Predicted:
         for row in dataset.iter_rows():
             answer = Answer.model_validate_json(row["answer"])
             if answer.refusal:
-                error = REFUSALS[answer.refusal](answer.reason)
-                error.may_pass = answer.may_pass
-                raise error
+                raise restored(answer.refusal, [answer.reason], answer.may_pass)
             found[int(row["number"])] = answer
             if time.monotonic() - said > SAY_EVERY_S:
                 said = time.monotonic()

@@ -149,7 +149,7 @@ def test_the_record_names_the_code_and_the_packages(tmp_path: Path) -> None:
 
 def test_the_record_names_what_convolves(monkeypatch: pytest.MonkeyPatch) -> None:
     for lanes, expected in ((16, "compiled, 16 images at a time"), (8, "compiled, 8 images at a time"), (0, "torch's")):
-        monkeypatch.setattr("pipeline.record.library_for", lambda of, lanes=lanes: of == lanes)
+        monkeypatch.setattr("lenet.compiled.library_for", lambda of, lanes=lanes: of == lanes)
         assert lineage()["convolutions"] == expected
 
 
