@@ -36,6 +36,7 @@ NOW = "now.json"
 ENDED = "ended.json"
 POLL_S = 0.5
 TELL_S = 2
+GATHER_S = 0.1  # an epoch may be over in half a second, and is shown after what was said before it
 # Of EpochMetrics, as lenet_<name> among Ray's metrics.
 GAUGES = (
     "epoch",
@@ -114,7 +115,7 @@ class _LogTeller(logging.Handler):
         if record.levelno >= logging.WARNING:  # the process may be about to end
             self.tell()
         elif self.telling is None:
-            self.telling = threading.Timer(TELL_S / 2, self.tell)
+            self.telling = threading.Timer(GATHER_S, self.tell)
             self.telling.daemon = True
             self.telling.start()
 

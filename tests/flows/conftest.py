@@ -88,9 +88,12 @@ def gone_on(tmp_path_factory: pytest.TempPathFactory) -> GoneOn:
     store = open_store(command.storage)
 
     def run(after: int, end: Callable[[int], None]) -> Ended:
+        log = f"{staging('r')}/log"
+        told = store.keys(log)
         process = command.start("--epochs", str(EPOCHS), "--run-id", "r")
         try:
-            wait_for(lambda: store.exists(f"{staging('r')}/progress/{after:05}.json"))
+            # Its workers have said where they begin, which is told a little later than it is said.
+            wait_for(lambda: store.exists(f"{staging('r')}/progress/{after:05}.json") and store.keys(log) != told)
             end(process.pid)
             out, err = process.communicate(timeout=600)
         finally:
