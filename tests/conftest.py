@@ -241,15 +241,15 @@ def wait_for(condition: Callable[[], object], seconds: float = 600) -> None:
         asked = time.monotonic()
 
 
-def processes_with(name: str, value: str) -> list[psutil.Process]:
-    """The processes, of any parent, that have a variable of this value in their environment."""
+def processes_with(name: str, value: str, command: str = "") -> list[psutil.Process]:
+    """The processes, of any parent, that have a variable of this value in their environment, and this in their command
+    line."""
     found = []
     for process in psutil.process_iter():
-        try:
-            if process.environ().get(name) == value and process.status() != psutil.STATUS_ZOMBIE:
+        with contextlib.suppress(psutil.Error):  # it has ended since
+            mine = process.environ().get(name) == value and command in " ".join(process.cmdline())
+            if mine and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process)
-        except psutil.Error:
-            continue
     return found
 
 

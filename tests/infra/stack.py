@@ -4,7 +4,6 @@ import functools
 import os
 import subprocess
 import sys
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +35,7 @@ class Running:
 
     def processes(self, command: str = "") -> list[psutil.Process]:
         """Those of the stack whose command line has this in it."""
-        found = []
-        for process in processes_with(MARK, str(self.folder)):
-            with suppress(psutil.Error):  # it has ended since
-                if command in " ".join(process.cmdline()):
-                    found.append(process)
-        return found
+        return processes_with(MARK, str(self.folder), command)
 
     def prefect(self, *arguments: str) -> str:
         """A command of Prefect's, on this stack; what it prints."""

@@ -211,6 +211,8 @@ fit(store, {run_id!r}, manifest, TrainConfig(epochs=1, shift=1, checkpoint_steps
     wait_for(written)
     driver.kill()
     driver.wait()
+    # Its workers outlive it by two seconds, and may keep one more state.
+    wait_for(lambda: not processes_with("LENET_TEST", run_id, "RayTrainWorker"))
     assert find_training(store, run_id) is None, "it was over before it could be killed"
     assert seen
 
