@@ -56,10 +56,12 @@ def test_every_figure_is_what_the_references_say(seed: int, count: int) -> None:
     assert verdict.brier == pytest.approx(((p - truth) ** 2).sum(axis=1).mean(), abs=1e-9)
     one_against_rest = [brier_score_loss(truth[:, k], p[:, k], pos_label=1) for k in every]
     assert verdict.brier == pytest.approx(sum(one_against_rest), abs=1e-9)
-    expected = multiclass_calibration_error(
-        torch.from_numpy(p), torch.from_numpy(labels).long(), num_classes=3, n_bins=CALIBRATION_BINS, norm="l1"
-    )
-    assert verdict.ece == pytest.approx(float(expected), abs=1e-5)  # torchmetrics computes in float32
+    place = p.max(axis=1) * CALIBRATION_BINS
+    if np.abs(place - place.round()).min() > 1e-5:  # torchmetrics computes in float32: so near two bins, in the other
+        expected = multiclass_calibration_error(
+            torch.from_numpy(p), torch.from_numpy(labels).long(), num_classes=3, n_bins=CALIBRATION_BINS, norm="l1"
+        )
+        assert verdict.ece == pytest.approx(float(expected), abs=1e-5)
     assert verdict.confusion == confusion_matrix(labels, predicted, labels=every).tolist()
     figures = precision_recall_fscore_support(labels, predicted, labels=every, zero_division=0)
     for found, *of_class in zip(verdict.classes, *figures, strict=True):
