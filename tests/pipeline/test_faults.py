@@ -295,7 +295,8 @@ def start_driver(store: Store, run_id: str, manifest: Manifest, config: TrainCon
 def test_sigterm_ends_training_with_a_checkpoint_in_mid_epoch(
     store: Store, manifest: Manifest, undisturbed: Undisturbed
 ) -> None:
-    config = RUN.model_copy(update={"epochs": 12, "global_batch_size": 1, "lr": 0.001})
+    # Of a third of a second each, where the workers look every two seconds whether they are to end.
+    config = RUN.model_copy(update={"epochs": 24, "global_batch_size": 1, "lr": 0.001})
     driver = start_driver(store, "terminated", manifest, config)
     wait_for(lambda: store.exists(f"{staging('terminated')}/progress/00002.json"))
     driver.send_signal(signal.SIGTERM)
@@ -307,4 +308,4 @@ def test_sigterm_ends_training_with_a_checkpoint_in_mid_epoch(
     assert epoch > 2
     assert 0 < step < 600
     training = fit(store, "terminated", manifest, config, ClusterConfig(workers=1, gpu="no"), LoadConfig())
-    assert_same(store, training, undisturbed(manifest, store, config), 12)
+    assert_same(store, training, undisturbed(manifest, store, config), 24)
