@@ -13,6 +13,7 @@ import torch.multiprocessing as mp
 
 from pipeline import collective
 from pipeline.collective import SHARED_MEMORY, BackendSum, SharedSum, open_sum
+from tests.conftest import wait_for
 
 SIZE, TURNS = 61_706, 50
 
@@ -51,12 +52,12 @@ def stay_away(rank: int, world_size: int, folder: Path) -> None:
     """The last rank leaves after three turns; the others say so."""
     join(rank, world_size, folder / "again")
     sum_up = SharedSum(10)
-    sum_up.patience_s = 1
     for _ in range(3):
         sum_up(torch.ones(10), torch.zeros(()))
     if rank == world_size - 1:
         return
-    with pytest.raises(RuntimeError, match=rf"rank {rank} waited 1 s for gradients of ranks \[{world_size - 1}\]"):
+    sum_up.patience_s = 5
+    with pytest.raises(RuntimeError, match=rf"rank {rank} waited 5 s for gradients of ranks \[{world_size - 1}\]"):
         sum_up(torch.ones(10), torch.zeros(()))
     (folder / f"{rank}.seen").touch()
 
@@ -72,7 +73,8 @@ def test_every_rank_gets_the_sum_in_the_same_bytes_and_of_three_one_that_stays_a
     assert len(list(tmp_path.glob("*.bytes"))) == world_size
     assert [len(content) for content in found] == [TURNS * SIZE * 4]
     assert {path.name for path in tmp_path.glob("*.seen")} == ({"0.seen", "1.seen"} if world_size == 3 else set())
-    assert set(SHARED_MEMORY.glob("lenet-*")) <= before  # nothing stays, however the processes may end
+    # Nothing stays, however the processes may end; what other tests have there meanwhile is soon gone.
+    wait_for(lambda: set(SHARED_MEMORY.glob("lenet-*")) <= before)
 
 
 def add_up_by_backend(rank: int, world_size: int, folder: Path) -> None:
