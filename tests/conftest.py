@@ -25,6 +25,7 @@ import torch
 from hypothesis import settings
 from xdist.scheduler import LoadFileScheduling
 
+from flows.server import past_proxies
 from pipeline.download import SourceConfig, fetch
 from pipeline.errors import DataError, PipelineError
 from pipeline.idx import Pixels
@@ -42,11 +43,11 @@ Splits = dict[str, tuple[Pixels, Pixels]]
 START_DEADLINE_S = 120
 # One token for every Ray that tests start, on loopback, the stack's too.
 RAY_TOKEN = "5" * 64
-STRANGERS = ("AWS_", "LENET_", "PREFECT_", "RAY_")
-# No credentials, cluster, server, database or GPU of the developer's own reaches a test, nor a fixture. A process reads
-# these when it imports Ray or Prefect, and the conftests of the folders below do so. A Ray worker that a test started
-# has the token, and when it imports a file of tests it keeps what it was given. Workers get their share of a busy
-# machine, as those of a local Ray do.
+STRANGERS = ("AWS_", "LENET_", "PREFECT_", "RAY_", "FORCE_COLOR", "NO_COLOR", "TTY_", "COLUMNS")
+# No credentials, cluster, server, database, GPU or terminal of the developer's own reaches a test or fixture; nor is
+# a proxy asked for what tests start. A process reads these when it imports Ray or Prefect, and the conftests of the
+# folders below do so. A Ray worker that a test started has the token, and when it imports a file of tests it keeps what
+# it was given. Workers get their share of a busy machine, as those of a local Ray do.
 if os.environ.get("RAY_AUTH_TOKEN") != RAY_TOKEN:
     for stranger in [name for name in os.environ if name.startswith(STRANGERS)]:
         del os.environ[stranger]
@@ -58,6 +59,7 @@ if os.environ.get("RAY_AUTH_TOKEN") != RAY_TOKEN:
         RAY_AUTH_MODE="token",
         RAY_AUTH_TOKEN=RAY_TOKEN,
         RAY_worker_niceness="0",
+        **past_proxies(os.environ),
     )
 # Files that share what takes a minute to make.
 SHARED = {
