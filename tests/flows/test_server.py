@@ -24,14 +24,14 @@ time.sleep(600)
 
 
 def test_it_ends_with_the_command_even_one_that_was_killed(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", HOLDER]
-    with subprocess.Popen(command, env=Command(tmp_path).env, stdout=subprocess.PIPE, text=True) as holder:
+    started, command = Command(tmp_path), [sys.executable, "-c", HOLDER]
+    with subprocess.Popen(command, env=started.env, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout is not None
         server = psutil.Process(int(holder.stdout.readline()))
         assert server.is_running()
         assert server.ppid() == holder.pid
         holder.kill()
-    wait_for(lambda: not server.is_running())
+    wait_for(lambda: not started.processes())
 
 
 @pytest.mark.parametrize(
