@@ -13,6 +13,7 @@ import pytest
 from prefect.logging.configuration import setup_logging
 from prefect.testing.utilities import prefect_test_harness
 
+from pipeline.progress import LOG, PROGRESS
 from pipeline.publish import find_run, read_latest
 from pipeline.storage import open_store
 from pipeline.train import find_training, staging
@@ -87,26 +88,30 @@ def gone_on(tmp_path_factory: pytest.TempPathFactory) -> GoneOn:
     command = Command(folder)
     store = open_store(command.storage)
 
-    def run(after: int, end: Callable[[int], None]) -> Ended:
-        log = f"{staging('r')}/log"
+    def run(end: Callable[[int], None] | None = None) -> Ended:
+        """Ended, if at all, when an epoch is over that was not when its workers began."""
+        log, progress = f"{staging('r')}/{LOG}", f"{staging('r')}/{PROGRESS}"
         told = store.keys(log)
         process = command.start("--epochs", str(EPOCHS), "--run-id", "r")
         try:
-            # Its workers have said where they begin, which is told a little later than it is said.
-            wait_for(lambda: store.exists(f"{staging('r')}/progress/{after:05}.json") and store.keys(log) != told)
-            end(process.pid)
+            if end:
+                # Its workers have said where they begin, which is told a little later than it is said.
+                wait_for(lambda: store.keys(log) != told)
+                before = store.keys(progress)
+                wait_for(lambda: store.keys(progress) != before)
+                end(process.pid)
             out, err = process.communicate(timeout=600)
         finally:
             process.kill()
         wait_for(lambda: not command.processes())
         return Ended(process.returncode, out, err)
 
-    first = run(1, lambda pid: os.killpg(pid, signal.SIGINT))  # as a terminal does: to all of the foreground
+    first = run(lambda pid: os.killpg(pid, signal.SIGINT))  # as a terminal does: to all of the foreground
     before = shards(folder)
-    second = run(4, lambda pid: os.kill(pid, signal.SIGTERM))
+    second = run(lambda pid: os.kill(pid, signal.SIGTERM))
     assert find_training(store, "r") is None
     assert find_run(store, "r") is read_latest(store) is None
-    third = run(EPOCHS, lambda pid: None)
+    third = run()
     written = [path for path, when in shards(folder).items() if before.get(path) != when]
     return GoneOn(command.storage, first, second, third, written)
 

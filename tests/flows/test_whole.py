@@ -29,7 +29,7 @@ def test_ctrl_c_and_sigterm_leave_nothing_and_the_same_run_id_goes_on_to_a_publi
     manifest = verify_run(store, "r")
     lines = third.out.splitlines()
     assert lines[-1] == f"test accuracy {manifest.accuracy:.4f} · report: {gone_on.storage}/runs/r/report.html"
-    step = r" *(run|download|shards|train|worker|evaluate|publish|registry|index)  \S|test accuracy "
+    step = r" *(run|download|shards|lease|train|worker|evaluate|publish|registry|index)  \S|test accuracy "
     assert all(re.match(step, line) for line in lines), third.out
     assert "lenet version 1 (r) is the new champion: there was no champion before" in third.out
     training = find_training(store, "r")
