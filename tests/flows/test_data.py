@@ -56,7 +56,7 @@ def refused(done: Done, complaint: str) -> None:
 def test_the_published_dataset_from_source_to_page(lenet: Lenet, tmp_path: Path) -> None:
     assert "nothing in the store yet" in lenet("list").out
     command = [LENET, "data", "prepare", "--validation-fraction", "0.1"]  # as a person's own process
-    prepared = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    prepared = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert prepared.returncode == 0, prepared.stderr
     (manifest,) = list_manifests(open_store(str(tmp_path / "store")))
     assert f"fashion-mnist version {manifest.version}: " in prepared.stdout

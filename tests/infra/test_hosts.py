@@ -16,7 +16,7 @@ from pipeline.storage import Store
 from pipeline.train import find_training, staging
 
 ROOT = Path(__file__).parents[2]
-# Long enough that the workers, who tell what they log once in a second, have told where they are.
+# Long enough that the workers, who tell what they log a tenth of a second later, have told where they are.
 DRIVER = """
 import sys
 from pipeline.cluster import ClusterConfig

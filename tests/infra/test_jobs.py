@@ -162,7 +162,7 @@ def test_a_job_whose_process_is_killed_may_be_tried_again(
     # Not the shell that Ray starts it by.
     [process] = [each for each in stack.processes('"run_id": "killed"') if each.cmdline()[1] == "-m"]
     process.kill()
-    thread.join(60)
+    thread.join(600)
     [error] = raised
     assert error.may_pass
     assert str(error) == f"job {work.name}-1 has failed: Job entrypoint command failed with exit code 137"
@@ -232,7 +232,7 @@ def test_two_who_train_a_run_whose_job_is_being_stopped_follow_one_other_job(
     wait_for(lambda: caplog.messages.count(f"following job {work.name}-2") == 2)
     client.stop_job(f"{work.name}-2")
     for thread in threads:
-        thread.join(300)
+        thread.join(600)
     assert len(found) == 2
     assert found[0] == found[1]
     # They have what they asked for before the job has cleared away.

@@ -218,7 +218,7 @@ def test_a_cancelled_flow_run_stops_its_training_and_frees_the_workers(stack: Ru
     started = time.monotonic()
     stack.client.set_flow_run_state(flow_run["id"], Cancelling())
     wait_for(lambda: stack.jobs("cancelled") in (["FAILED"], ["STOPPED"]) and not _workers(stack))
-    assert time.monotonic() - started < 60  # 15, on a machine that does nothing else
+    assert time.monotonic() - started < 180  # 15, on a machine that does nothing else
     wait_for(lambda: stack.flow_run()["state_type"] == "CANCELLED")
     assert find_training(bucket, "cancelled") is None
     states = [key for key in bucket.keys(f"{staging('cancelled')}/ray") if key.endswith(FILE_NAME)]
@@ -237,7 +237,7 @@ def test_wrong_keys_end_a_flow_in_a_line_and_who_wants_to_hear_of_it_is_told(sta
     assert "wrong-secret" not in told[0]
     states = stack.states(stack.flow_run()["id"])
     at = {state["type"]: datetime.fromisoformat(state["timestamp"]) for state in states}
-    assert (at["FAILED"] - at["RUNNING"]).total_seconds() < 30
+    assert (at["FAILED"] - at["RUNNING"]).total_seconds() < 60  # two retries would add 70
 
 
 def _workers(stack: Running) -> list[str]:
@@ -282,11 +282,8 @@ def test_up_again_says_the_same_and_starts_nothing(stack: Running) -> None:
 def test_a_part_that_was_killed_is_seen_and_comes_back(stack: Running) -> None:
     [server] = stack.processes("weed mini")
     os.kill(server.pid, signal.SIGKILL)
-    deadline = time.monotonic() + 90
-    while (done := stack.command("status")).returncode:
-        assert time.monotonic() < deadline, done.stdout
-        time.sleep(1)
-    assert [line.split() for line in done.stdout.splitlines()] == [[part, "up"] for part in PARTS]
+    wait_for(lambda: stack.command("status").returncode == 0)
+    assert [line.split() for line in stack.command("status").stdout.splitlines()] == [[part, "up"] for part in PARTS]
     assert not server.is_running()
 
 

@@ -28,7 +28,7 @@ def browser() -> Iterator[Browser]:
     program = next(filter(None, map(shutil.which, BROWSERS)), None)
     assert program is not None, "Chromium is missing; make test installs it, or: apt-get install chromium"
     with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        chromium = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"], timeout=120_000)
         yield chromium
         chromium.close()
 
@@ -111,7 +111,7 @@ def test_tables_open_and_scroll_by_keyboard(browser: Browser, report: Path) -> N
     assert page.get_by_role("region", name="Calibration, table").is_visible()
     region = page.get_by_role("region", name="Confusion matrix, table")
     region.press("ArrowRight")
-    page.wait_for_function("element => element.scrollLeft > 0", arg=region.element_handle(), timeout=5000)
+    page.wait_for_function("element => element.scrollLeft > 0", arg=region.element_handle())
     page.close()
 
 

@@ -149,12 +149,12 @@ def test_a_body_that_breaks_off_is_read_again(proxy: Proxy, behind: Store) -> No
 def test_a_body_that_stalls_is_read_again(proxy: Proxy, behind: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     behind.put("k", b"whole")
     monkeypatch.setattr(storage, "S3_READ_TIMEOUT_S", 0.3)
-    monkeypatch.setattr(proxy, "stall_s", 5)
+    monkeypatch.setattr(proxy, "stall_s", 60)
     impatient = open_store(behind.url)
     proxy.at_first(2, "GET", 200, None)
     started = time.monotonic()
     assert impatient.read("k") == b"whole"
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 50
 
 
 def test_a_body_that_always_breaks_off_is_one_line(
@@ -167,7 +167,7 @@ def test_a_body_that_always_breaks_off_is_one_line(
         started = time.monotonic()
         message = refusal(call, StorageError)
         assert message.endswith("check AWS_ENDPOINT_URL and that the server is up")
-        assert time.monotonic() - started < 5
+        assert time.monotonic() - started < 25  # by default it would be 30
 
 
 def test_an_object_is_read_whole_by_one_request_however_large(proxy: Proxy, behind: Store) -> None:

@@ -27,7 +27,7 @@ def test_an_epoch_that_the_store_would_not_give_is_shown_when_it_does(
     tell_epochs(local_store, "r", [EPOCH])
     monkeypatch.setattr(local_store, "read", failing_once)
     with followed(local_store, "r", shown.append, lambda now: None):
-        wait_for(lambda: shown == [EPOCH], 10)
+        wait_for(lambda: shown == [EPOCH])
     assert failed
 
 
@@ -36,4 +36,4 @@ def test_after_something_torn_the_next_epochs_are_shown(local_store: Store) -> N
     with followed(local_store, "r", shown.append, lambda now: None):
         local_store.put(f"r/{PROGRESS}/00001.json", b"torn")
         tell_epochs(local_store, "r", [EPOCH])
-        wait_for(lambda: shown == [EPOCH], 10)
+        wait_for(lambda: shown == [EPOCH])

@@ -96,7 +96,7 @@ def test_of_many_that_finish_the_same_none_fails(tiny: Source, tmp_path: Path, b
         shutil.copytree(tiny.folder, whole)
         for folder in range(10):
             another = shutil.copytree(whole, whole.with_name(str(folder)))
-            together.wait(20)
+            together.wait(120)
             leave(another, tmp_path / f"left-{folder}")
 
     if before != "nothing":
