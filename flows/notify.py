@@ -33,4 +33,9 @@ def notify(subject: str, body: str) -> None:
 
 def on_failure(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
     """A flow's hook."""
-    notify(f"{flow_run.name}: {state.name}", state.message or "")
+    notify(f"{titled(flow_run)}: {state.name}", state.message or "")
+
+
+def titled(flow_run: FlowRun) -> str:
+    """Which flow run it is: many have the same name. Where nobody has named the run, its id ends like this too."""
+    return f"{flow_run.name} ({str(flow_run.id)[:8]})"
