@@ -186,11 +186,12 @@ def test_what_is_not_heard_any_more_has_crashed_though_the_server_was_away_when_
     with get_client(sync_client=True) as client:
         silent, living, never = (deployed(client, Running()) for _ in range(3))
         ended, strange = deployed(client, Running(), Cancelled()), begun(client, (), Running())
-        died, now = datetime.now(UTC), datetime.now(UTC) + SILENT + timedelta(seconds=1)
+        died = datetime.now(UTC)
+        alive, now = died + timedelta(seconds=1), died + SILENT  # no more: the server tells of no beat that is to come
         for flow_run, when in (
             (silent, died),
             (living, died),
-            (living, died + SILENT / 2),
+            (living, alive),
             (ended, died),
             (strange, died),
         ):
