@@ -29,6 +29,7 @@ from flows.caretaker import (
     Crash,
     begin_again,
     cancel,
+    cancelled_at,
     find_crashed,
     give_up,
     revive,
@@ -36,8 +37,10 @@ from flows.caretaker import (
     to_cancel,
     to_give_up,
     to_revive,
+    unbegun,
 )
 from flows.train_lenet import name_run, train_lenet
+from pipeline import run
 from pipeline.run import RunConfig
 from tests.conftest import free_ports, wait_for
 
@@ -137,6 +140,36 @@ def test_what_was_cancelled_does_not_go_on_and_what_did_not_begin_does() -> None
 
 
 @pytest.mark.usefixtures("prefect")
+def test_what_is_taken_again_and_again_and_never_begins_is_given_up_and_people_are_told(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    taken = [AwaitingRetry(), Pending()]
+    with get_client(sync_client=True) as client:
+        Variable.set("lenet_notify", "no-such/block", overwrite=True)
+        never = deployed(client, Pending(), *taken * LIVES)
+        nearly = deployed(client, Pending(), *taken * (LIVES - 1))
+        assert begin_again(client, datetime.now(UTC) + NOT_BEGUN) == [nearly]
+        assert ends(client, never) == [("Failed", f"given to the workers again {LIVES} times, and not begun")]
+    [said] = [record.getMessage() for record in caplog.records if record.name == "flows.notify"]
+    assert said.startswith("nobody was notified that ")  # but tried
+
+
+@pytest.mark.usefixtures("prefect")
+def test_the_job_of_one_that_crashed_over_its_cancellation_is_stopped_only_if_begun_before_that(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[datetime] = []
+    monkeypatch.setattr(run, "stop", lambda config, run_id, before: asked.append(before))
+    with get_client(sync_client=True) as client:
+        found = deployed(client, Running(), Cancelling(), Crashed())
+        told = cancelled_at(client.read_flow_run_states(found))
+        settled = datetime.now(UTC) + SETTLED
+        assert cancel(client, find_crashed(client, settled)) == [found]
+        stop_left(client, settled + SETTLED, {})
+    assert asked == [told]
+
+
+@pytest.mark.usefixtures("prefect")
 def test_what_is_heard_again_is_not_taken_up_while_it_lives() -> None:
     name = "prefect.flow-run.heartbeat"
     with get_client(sync_client=True) as client:
@@ -183,6 +216,14 @@ def test_what_becomes_of_a_crash_depends_on_all_that_was_before_it() -> None:
     assert to_revive(every, now) == [found.run.id for found in good]
     assert to_give_up(every, now) == [found.run for found in hopeless]
     assert to_cancel(every) == [found.run.id for found in cancelled]
+
+
+def test_a_cancellation_and_beginnings_in_vain_count_from_when_it_was_scheduled_and_ran_last() -> None:
+    first, second = Cancelling(), Cancelled()
+    assert cancelled_at([AwaitingRetry(), Running(), first, Crashed(), second]) == first.timestamp
+    assert cancelled_at([Cancelled(), AwaitingRetry(), Running(), second]) == second.timestamp
+    assert cancelled_at([Cancelled(), AwaitingRetry()]) is None
+    assert unbegun([AwaitingRetry(), Running(), Crashed(), AwaitingRetry(), Pending(), AwaitingRetry()]) == 2
 
 
 @pytest.mark.parametrize("recipe", ["modern", "./mine/Tuned on müde.json", f"/{'x' * 99}.json"])
