@@ -71,12 +71,7 @@ class Crash:
     @property
     def cancelled(self) -> bool:
         """Whether it was to end: Prefect's engine says crashed over that, when it is ended."""
-        for state in reversed(self.states):
-            if state.type in (StateType.CANCELLING, StateType.CANCELLED):
-                return True
-            if state.type == StateType.SCHEDULED:
-                break
-        return False
+        return cancelled_at(self.states) is not None
 
     @property
     def suspended(self) -> bool:
@@ -93,6 +88,26 @@ class Crash:
         crashes = [False, *(state.type == StateType.CRASHED for state in self.states)]
         # Of one crash there may be two reports.
         return sum(here and not before for before, here in pairwise(crashes)) >= BEGINNINGS
+
+
+def cancelled_at(states: Iterable[State[Any]]) -> datetime | None:
+    """When a flow run was told to end, since it was scheduled last: of several times the first, for what came of it, a
+    crash that counts as cancelled too, came later."""
+    told = None
+    for state in states:
+        if state.type == StateType.SCHEDULED:
+            told = None
+        elif state.type in (StateType.CANCELLING, StateType.CANCELLED):
+            told = told or state.timestamp
+    return told
+
+
+def unbegun(states: Iterable[State[Any]]) -> int:
+    """How often a flow run was given to the workers again since it ran last."""
+    again = 0
+    for state in states:
+        again = 0 if state.type == StateType.RUNNING else again + (state.name == AwaitingRetry().name)
+    return again
 
 
 def to_cancel(crashed: Iterable[Crash]) -> list[UUID]:
@@ -176,12 +191,18 @@ def revive(client: SyncPrefectClient, crashed: Iterable[Crash], now: datetime) -
 
 
 def begin_again(client: SyncPrefectClient, now: datetime) -> list[UUID]:
-    """Let any worker take up what a worker took, and died before it began; the ids of those flow runs."""
-    pending = _find(client, StateType.PENDING)
-    ids = [found.id for found in pending if _deployed_since(found, now, NOT_BEGUN)]
-    for flow_run_id in ids:
-        _offer(client, flow_run_id)
-        log.info("flow run %s was taken by a worker, and did not begin: another may", flow_run_id)
+    """Let any worker take up what a worker took, and died before it began; the ids of those flow runs. What does not
+    begin however often counts as failed, and people are told."""
+    ids = []
+    for found in _find(client, StateType.PENDING):
+        if not _deployed_since(found, now, NOT_BEGUN):
+            continue
+        if unbegun(client.read_flow_run_states(found.id)) >= LIVES:
+            _fail(client, found, f"given to the workers again {LIVES} times, and not begun")
+            continue
+        _offer(client, found.id)
+        log.info("flow run %s was taken by a worker, and did not begin: another may", found.id)
+        ids.append(found.id)
     return ids
 
 
@@ -192,11 +213,14 @@ def give_up(client: SyncPrefectClient, crashed: Iterable[Crash], now: datetime) 
         how = f"crashed {found.run_count} times; the last time" if found.run_count else "crashed before it began"
         if _forgotten(found, now):
             how = "crashed more than a day ago, while nobody looked after it"
-        message = f"{how}: {found.state.message if found.state else ''}"
-        client.set_flow_run_state(found.id, Failed(message=message), force=True)
-        log.info("flow run %s is given up: %s", found.id, message)
-        notify(f"{titled(found)}: Failed", message)
+        _fail(client, found, f"{how}: {found.state.message if found.state else ''}")
     return [found.id for found in hopeless]
+
+
+def _fail(client: SyncPrefectClient, found: FlowRun, message: str) -> None:
+    client.set_flow_run_state(found.id, Failed(message=message), force=True)
+    log.info("flow run %s is given up: %s", found.id, message)
+    notify(f"{titled(found)}: Failed", message)
 
 
 def stop_left(client: SyncPrefectClient, now: datetime, seen: dict[UUID, bool]) -> list[str]:
@@ -216,12 +240,12 @@ def stop_left(client: SyncPrefectClient, now: datetime, seen: dict[UUID, bool]) 
     resumed = {found.parameters.get("run_id") for found in begun}
     stopped = []
     for found in left:
+        before = cancelled_at(client.read_flow_run_states(found.id)) or now
         told, seen[found.id] = found.id in seen, True
         try:
             config = config_of(found.parameters, run.RunConfig)  # Prefect keeps what was given, not the defaults
             run_id = name_run(config.model_dump(), found.expected_start_time, found.id)
-            cancelled_at = found.state.timestamp if found.state else now
-            if run_id not in resumed and run.stop(config, run_id, before=cancelled_at):
+            if run_id not in resumed and run.stop(config, run_id, before=before):
                 log.info("flow run %s was cancelled and run %s still trained: stopped", found.id, run_id)
                 stopped.append(run_id)
         except Exception as error:  # whatever is wrong with one, the others are looked after

@@ -32,6 +32,7 @@ from flows.caretaker import (
     begin_again,
     bury,
     cancel,
+    cancelled_at,
     find_crashed,
     give_up,
     revive,
@@ -41,12 +42,15 @@ from flows.caretaker import (
     to_give_up,
     to_revive,
     to_suspend,
+    unbegun,
 )
 from flows.train_lenet import name_run, train_lenet
+from pipeline import run
 from pipeline.run import RunConfig
 from tests.conftest import free_ports, wait_for
 
 ROOT = Path(__file__).parents[2]
+BEAT = "prefect.flow-run.heartbeat"
 IN_VAIN = "cannot be looked for"
 
 
@@ -175,9 +179,6 @@ def test_what_is_taken_up_and_cancelled_before_it_has_its_place_waits_for_no_pro
             assert [state for state, _ in ends(client, flow_run)] == ["Cancelled"]
 
 
-BEAT = "prefect.flow-run.heartbeat"
-
-
 @pytest.mark.usefixtures("prefect")
 def test_what_is_not_heard_any_more_has_crashed_though_the_server_was_away_when_its_process_died() -> None:
     def beats() -> int:
@@ -204,6 +205,36 @@ def test_what_is_not_heard_any_more_has_crashed_though_the_server_was_away_when_
         assert ends(client, living, never, strange) == [("Running", None)] * 3
         later = now + HEARD_AGAIN
         assert revive(client, find_crashed(client, later), later) == [silent]
+
+
+@pytest.mark.usefixtures("prefect")
+def test_what_is_taken_again_and_again_and_never_begins_is_given_up_and_people_are_told(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    taken = [AwaitingRetry(), Pending()]
+    with get_client(sync_client=True) as client:
+        Variable.set("lenet_notify", "no-such/block", overwrite=True)
+        never = deployed(client, Pending(), *taken * LIVES)
+        nearly = deployed(client, Pending(), *taken * (LIVES - 1))
+        assert begin_again(client, datetime.now(UTC) + NOT_BEGUN) == [nearly]
+        assert ends(client, never) == [("Failed", f"given to the workers again {LIVES} times, and not begun")]
+    [said] = [record.getMessage() for record in caplog.records if record.name == "flows.notify"]
+    assert said.startswith("nobody was notified that ")  # but tried
+
+
+@pytest.mark.usefixtures("prefect")
+def test_the_job_of_one_that_crashed_over_its_cancellation_is_stopped_only_if_begun_before_that(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[datetime] = []
+    monkeypatch.setattr(run, "stop", lambda config, run_id, before: asked.append(before))
+    with get_client(sync_client=True) as client:
+        found = deployed(client, Running(), Cancelling(), Crashed())
+        told = cancelled_at(client.read_flow_run_states(found))
+        settled = datetime.now(UTC) + SETTLED
+        assert cancel(client, find_crashed(client, settled)) == [found]
+        stop_left(client, settled + SETTLED, {})
+    assert asked == [told]
 
 
 @pytest.mark.usefixtures("prefect")
@@ -260,6 +291,14 @@ def test_what_becomes_of_a_crash_depends_on_all_that_was_before_it() -> None:
     assert to_give_up(every, now) == [found.run for found in hopeless]
     assert to_suspend(every) == suspended
     assert to_cancel(every) == [found.run.id for found in cancelled]
+
+
+def test_a_cancellation_and_beginnings_in_vain_count_from_when_it_was_scheduled_and_ran_last() -> None:
+    first, second = Cancelling(), Cancelled()
+    assert cancelled_at([AwaitingRetry(), Running(), first, Crashed(), second]) == first.timestamp
+    assert cancelled_at([Cancelled(), AwaitingRetry(), Running(), second]) == second.timestamp
+    assert cancelled_at([Cancelled(), AwaitingRetry()]) is None
+    assert unbegun([AwaitingRetry(), Running(), Crashed(), AwaitingRetry(), Pending(), AwaitingRetry()]) == 2
 
 
 @pytest.mark.parametrize("recipe", ["modern", "./mine/Tuned on müde.json", f"/{'x' * 99}.json"])
