@@ -2,7 +2,8 @@
 
 A crashed flow run is given to the workers again, and so goes on from its checkpoint, or follows the Ray job that still
 trains; of one that crashes each time, people are told, as no process of its own is left to do so. So is one that a
-worker took and did not begin. The job of a cancelled flow run whose process could not stop it any more is stopped.
+worker took and did not begin. What runs by name and is not heard counts as crashed. The job of a cancelled flow run
+whose process could not stop it any more is stopped.
 
 Prefect's own hooks run in the process that died; its automations, tried for this, fired four times for one crash and
 not at all for the next.
@@ -32,9 +33,9 @@ from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.events.filters import EventFilter
 from prefect.exceptions import PrefectException
-from prefect.states import AwaitingRetry, Cancelled, Failed
+from prefect.states import AwaitingRetry, Cancelled, Crashed, Failed, Suspended
 
-from flows.notify import notify
+from flows.notify import notify, titled
 from flows.server import require_url
 from flows.train_lenet import name_run
 from pipeline import run
@@ -52,7 +53,10 @@ SETTLED = timedelta(seconds=20)
 # The message begins so where infra/automations.yaml says crashed. Prefect's server, back from a minute and a half away,
 # says it of whatever ran meanwhile: what lives sends a heartbeat every 30 s, which is seen 5 s later.
 UNHEARD, HEARD_AGAIN = "No heartbeat", timedelta(seconds=60)
-NOT_BEGUN = timedelta(minutes=5)  # a worker takes a flow run and starts its process: 10 s, on a busy machine a minute
+SILENT = timedelta(minutes=3)
+# A worker takes a flow run and starts its process: 10 s, on a busy machine a minute. After five minutes Prefect would
+# have given its place to another flow run, and could say so to this one when it has begun after all.
+NOT_BEGUN = timedelta(minutes=4)
 FORGOTTEN = timedelta(days=1)
 LIVES, BEGINNINGS = 4, 2  # how often a flow run may crash, and before it has ever begun
 
@@ -67,12 +71,13 @@ class Crash:
     @property
     def cancelled(self) -> bool:
         """Whether it was to end: Prefect's engine says crashed over that, when it is ended."""
-        for state in reversed(self.states):
-            if state.type in (StateType.CANCELLING, StateType.CANCELLED):
-                return True
-            if state.type == StateType.SCHEDULED:
-                break
-        return False
+        return cancelled_at(self.states) is not None
+
+    @property
+    def suspended(self) -> bool:
+        """Whether it was to wait until somebody resumes it: its process has ended then, and is not heard."""
+        before = [state.type for state in self.states if state.type != StateType.CRASHED]
+        return before[-1:] == [StateType.PAUSED]
 
     @property
     def hopeless(self) -> bool:
@@ -85,19 +90,65 @@ class Crash:
         return sum(here and not before for before, here in pairwise(crashes)) >= BEGINNINGS
 
 
+def cancelled_at(states: Iterable[State[Any]]) -> datetime | None:
+    """When a flow run was told to end, since it was scheduled last: of several times the first, for what came of it, a
+    crash that counts as cancelled too, came later."""
+    told = None
+    for state in states:
+        if state.type == StateType.SCHEDULED:
+            told = None
+        elif state.type in (StateType.CANCELLING, StateType.CANCELLED):
+            told = told or state.timestamp
+    return told
+
+
+def unbegun(states: Iterable[State[Any]]) -> int:
+    """How often a flow run was given to the workers again since it ran last."""
+    again = 0
+    for state in states:
+        again = 0 if state.type == StateType.RUNNING else again + (state.name == AwaitingRetry().name)
+    return again
+
+
 def to_cancel(crashed: Iterable[Crash]) -> list[UUID]:
     """Those that were cancelled before."""
     return [found.run.id for found in crashed if found.cancelled]
 
 
+def to_suspend(crashed: Iterable[Crash]) -> list[Crash]:
+    """Those that were suspended before."""
+    return [found for found in crashed if found.suspended]
+
+
 def to_revive(crashed: Iterable[Crash], now: datetime) -> list[UUID]:
     """Those that have not used up their lives, and crashed not long ago."""
-    return [found.run.id for found in crashed if not (found.cancelled or found.hopeless or _forgotten(found.run, now))]
+    return [found.run.id for found in _wanted(crashed) if not (found.hopeless or _forgotten(found.run, now))]
 
 
 def to_give_up(crashed: Iterable[Crash], now: datetime) -> list[FlowRun]:
     """Those that go on no more: their lives are used up, or they crashed so long ago that nobody waits for them."""
-    return [found.run for found in crashed if not found.cancelled and (found.hopeless or _forgotten(found.run, now))]
+    return [found.run for found in _wanted(crashed) if found.hopeless or _forgotten(found.run, now)]
+
+
+def _wanted(crashed: Iterable[Crash]) -> list[Crash]:
+    """Those that were to go on."""
+    return [found for found in crashed if not (found.cancelled or found.suspended)]
+
+
+def bury(client: SyncPrefectClient, now: datetime, answering: datetime) -> list[UUID]:
+    """Let what is running by name, and is not heard any more, count as crashed; the ids of those flow runs. The
+    automation forgets it, if the server was away when its process died. What was never heard sends no heartbeats, and
+    is left alone. Nothing is known before the server has been answering for a while: what lives is heard within 35 s.
+    """
+    if now - answering < SILENT:
+        return []
+    running = [found for found in _find(client, StateType.RUNNING) if _deployed_since(found, now, SILENT)]
+    ids = [found.id for found in running if (heard := _last_heard(client, found)) and now - heard >= SILENT]
+    for flow_run_id in ids:
+        message = f"{UNHEARD} for {SILENT.seconds} seconds; its process is gone."
+        client.set_flow_run_state(flow_run_id, Crashed(message=message))
+        log.info("flow run %s is not heard any more: it has crashed", flow_run_id)
+    return ids
 
 
 def find_crashed(client: SyncPrefectClient, now: datetime) -> list[Crash]:
@@ -118,22 +169,40 @@ def cancel(client: SyncPrefectClient, crashed: Iterable[Crash]) -> list[UUID]:
     return ids
 
 
+def suspend(client: SyncPrefectClient, crashed: Iterable[Crash]) -> list[UUID]:
+    """Let what was suspended count as suspended, for as long as it was to be; the ids of those flow runs."""
+    ids = []
+    for found in to_suspend(crashed):
+        paused = next(state for state in reversed(found.states) if state.type == StateType.PAUSED)
+        until = paused.state_details.pause_timeout
+        client.set_flow_run_state(found.run.id, Suspended(pause_expiration_time=until), force=True)
+        log.info("flow run %s was suspended before it crashed: it waits to be resumed", found.run.id)
+        ids.append(found.run.id)
+    return ids
+
+
 def revive(client: SyncPrefectClient, crashed: Iterable[Crash], now: datetime) -> list[UUID]:
     """Let any worker take up what has crashed; the ids of those flow runs."""
     ids = to_revive(crashed, now)
     for flow_run_id in ids:
-        client.set_flow_run_state(flow_run_id, AwaitingRetry(), force=True)
+        _offer(client, flow_run_id)
         log.info("flow run %s had crashed: it goes on", flow_run_id)
     return ids
 
 
 def begin_again(client: SyncPrefectClient, now: datetime) -> list[UUID]:
-    """Let any worker take up what a worker took, and died before it began; the ids of those flow runs."""
-    pending = _find(client, StateType.PENDING)
-    ids = [found.id for found in pending if _deployed_since(found, now, NOT_BEGUN)]
-    for flow_run_id in ids:
-        client.set_flow_run_state(flow_run_id, AwaitingRetry(), force=True)
-        log.info("flow run %s was taken by a worker, and did not begin: another may", flow_run_id)
+    """Let any worker take up what a worker took, and died before it began; the ids of those flow runs. What does not
+    begin however often counts as failed, and people are told."""
+    ids = []
+    for found in _find(client, StateType.PENDING):
+        if not _deployed_since(found, now, NOT_BEGUN):
+            continue
+        if unbegun(client.read_flow_run_states(found.id)) >= LIVES:
+            _fail(client, found, f"given to the workers again {LIVES} times, and not begun")
+            continue
+        _offer(client, found.id)
+        log.info("flow run %s was taken by a worker, and did not begin: another may", found.id)
+        ids.append(found.id)
     return ids
 
 
@@ -144,11 +213,14 @@ def give_up(client: SyncPrefectClient, crashed: Iterable[Crash], now: datetime) 
         how = f"crashed {found.run_count} times; the last time" if found.run_count else "crashed before it began"
         if _forgotten(found, now):
             how = "crashed more than a day ago, while nobody looked after it"
-        message = f"{how}: {found.state.message if found.state else ''}"
-        client.set_flow_run_state(found.id, Failed(message=message), force=True)
-        log.info("flow run %s is given up: %s", found.id, message)
-        notify(f"{found.name}: Failed", message)
+        _fail(client, found, f"{how}: {found.state.message if found.state else ''}")
     return [found.id for found in hopeless]
+
+
+def _fail(client: SyncPrefectClient, found: FlowRun, message: str) -> None:
+    client.set_flow_run_state(found.id, Failed(message=message), force=True)
+    log.info("flow run %s is given up: %s", found.id, message)
+    notify(f"{titled(found)}: Failed", message)
 
 
 def stop_left(client: SyncPrefectClient, now: datetime, seen: dict[UUID, bool]) -> list[str]:
@@ -168,12 +240,12 @@ def stop_left(client: SyncPrefectClient, now: datetime, seen: dict[UUID, bool]) 
     resumed = {found.parameters.get("run_id") for found in begun}
     stopped = []
     for found in left:
+        before = cancelled_at(client.read_flow_run_states(found.id)) or now
         told, seen[found.id] = found.id in seen, True
         try:
             config = config_of(found.parameters, run.RunConfig)  # Prefect keeps what was given, not the defaults
             run_id = name_run(config.model_dump(), found.expected_start_time, found.id)
-            cancelled_at = found.state.timestamp if found.state else now
-            if run_id not in resumed and run.stop(config, run_id, before=cancelled_at):
+            if run_id not in resumed and run.stop(config, run_id, before=before):
                 log.info("flow run %s was cancelled and run %s still trained: stopped", found.id, run_id)
                 stopped.append(run_id)
         except Exception as error:  # whatever is wrong with one, the others are looked after
@@ -181,6 +253,15 @@ def stop_left(client: SyncPrefectClient, now: datetime, seen: dict[UUID, bool]) 
             if not told:
                 log.warning("flow run %s was cancelled, and its training cannot be looked for: %s", found.id, error)
     return stopped
+
+
+def _offer(client: SyncPrefectClient, flow_run_id: UUID) -> None:
+    """Let any worker take it up. Prefect forgets the process that died: it would wait for that to end, if the flow run
+    is cancelled before it has its place, and after five minutes take the place from the one that holds it.
+    """
+    gone = {"infrastructure_pid": None}  # which update_flow_run() would not send
+    client.request("PATCH", "/flow_runs/{id}", path_params={"id": flow_run_id}, json=gone)
+    client.set_flow_run_state(flow_run_id, AwaitingRetry(), force=True)
 
 
 def _since(found: FlowRun, now: datetime) -> timedelta:
@@ -211,12 +292,18 @@ def _may_live(client: SyncPrefectClient, crashed: FlowRun, now: datetime) -> boo
         return False
     if _since(crashed, now) < HEARD_AGAIN:
         return True
-    heard = {
+    heard = _last_heard(client, crashed)
+    return heard is not None and now - heard <= HEARD_AGAIN
+
+
+def _last_heard(client: SyncPrefectClient, found: FlowRun) -> datetime | None:
+    """When the last heartbeat of a flow run was, if there is one."""
+    heartbeats = {
         "event": {"name": ["prefect.flow-run.heartbeat"]},
-        "resource": {"id": [f"prefect.flow-run.{crashed.id}"]},
-        "occurred": {"since": now - HEARD_AGAIN},
+        "resource": {"id": [f"prefect.flow-run.{found.id}"]},
     }
-    return bool(client.read_events(EventFilter.model_validate(heard), limit=1).events)
+    newest = client.read_events(EventFilter.model_validate(heartbeats), limit=1).events  # the last comes first
+    return newest[0].occurred if newest else None
 
 
 def _find(
@@ -239,6 +326,8 @@ def main() -> None:
     logging.getLogger("httpx").setLevel(logging.WARNING)
     require_url()
     seen: dict[UUID, bool] = {}
+    # Since when the server has answered without a break, and when it did last: it was away, or this machine slept.
+    answering = answered = datetime.now(UTC)
     with get_client(sync_client=True) as client:
         log.info("looking after flow runs of %s", client.api_url)
         while True:
@@ -246,10 +335,15 @@ def main() -> None:
                 now = datetime.now(UTC)
                 crashed = find_crashed(client, now)
                 cancel(client, crashed)
+                suspend(client, crashed)
                 revive(client, crashed, now)
                 give_up(client, crashed, now)
                 begin_again(client, now)
                 stop_left(client, now, seen)
+                if now - answered > HEARD_AGAIN:
+                    answering = now
+                answered = now
+                bury(client, now, answering)
             except (httpx.HTTPError, PrefectException) as error:
                 log.warning("Prefect cannot be asked: %s", error)
             time.sleep(POLL_S)

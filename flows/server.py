@@ -58,7 +58,9 @@ def past_proxies(variables: Mapping[str, str]) -> dict[str, str]:
     if not any(name.lower().endswith("_proxy") for name in variables):
         return {}
     spared = variables.get("no_proxy") or variables.get("NO_PROXY") or ""
-    value = ",".join(dict.fromkeys([*filter(None, spared.split(",")), "127.0.0.1", "localhost"]))
+    names = [stripped for name in spared.split(",") if (stripped := name.strip())]
+    # To urllib * means all only if nothing stands beside it.
+    value = "*" if "*" in names else ",".join(dict.fromkeys([*names, "127.0.0.1", "localhost"]))
     return {"no_proxy": value, "NO_PROXY": value}
 
 

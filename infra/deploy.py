@@ -52,15 +52,23 @@ def deploy() -> None:
                 merged(entry, _there_is(client, entry["name"]), os.environ) for entry in content["deployments"]
             ]
             _deploy_all(content)
-            # Prefect would take an automation of the same name a second time: those of a version before go first.
-            for automation in yaml.safe_load(AUTOMATIONS.read_text())["automations"]:
-                for old in client.read_automations_by_name(automation["name"]):
-                    automation["enabled"] = automation["enabled"] and old.enabled
-                    client.delete_automation(old.id)
-                client.create_automation(AutomationCore.model_validate(automation))
+            automate(client)
     except httpx.HTTPError as error:
         url = get_current_settings().api.url
         raise ClusterError(f"{url}: {first_line(error)}; check that Prefect is up") from error
+
+
+def automate(client: SyncPrefectClient) -> None:
+    """Tell the server of the automations. One that is the same already stays: with it would go what it waits for."""
+    for automation in yaml.safe_load(AUTOMATIONS.read_text())["automations"]:
+        there_are = client.read_automations_by_name(automation["name"])
+        enabled = automation["enabled"] and all(old.enabled for old in there_are)
+        wanted = AutomationCore.model_validate(automation | {"enabled": enabled})
+        if [AutomationCore.model_validate(old.model_dump()) for old in there_are] == [wanted]:
+            continue
+        for old in there_are:  # Prefect would take an automation of the same name a second time
+            client.delete_automation(old.id)
+        client.create_automation(wanted)
 
 
 def merged(

@@ -34,6 +34,7 @@ S3_CONNECT_TIMEOUT_S = 5
 S3_READ_TIMEOUT_S = 15
 S3_ATTEMPTS = 2  # by s3fs, when a server breaks off or errs in the middle of a call; botocore retries once in each
 S3_OUTAGE_S = 30  # how long a server that is not there is waited for, a restart; LENET_S3_OUTAGE_S says otherwise
+MOST_OUTAGE_S = 86_400  # infinity is a float, too, and no whole number of seconds
 SILENT_S, BEYOND_OUTAGE_S = 120, 60
 S3_OUTAGE_POLL_S = 0.5
 
@@ -212,8 +213,9 @@ def outage_s() -> float:
         seconds = float(said)
     except ValueError:
         seconds = -1
-    if not seconds >= 0:
-        raise ConfigError("LENET_S3_OUTAGE_S", said, "a number of seconds, 0 or more", f"use {S3_OUTAGE_S}")
+    if not 0 <= seconds <= MOST_OUTAGE_S:
+        rule = f"a number of seconds from 0 to {MOST_OUTAGE_S}"
+        raise ConfigError("LENET_S3_OUTAGE_S", said, rule, f"use {S3_OUTAGE_S}")
     return seconds
 
 

@@ -1,5 +1,6 @@
 """Proves on a real Prefect server what the caretaker does about cancelled flow runs, whatever is wrong with one, and
-about those that crash, once or again and again, did not begin, or live although they are said to have crashed."""
+about those that crash, once or again and again, were suspended, did not begin, live although they are said to have
+crashed, or run by name alone."""
 
 import logging
 import os
@@ -15,7 +16,7 @@ from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.objects import FlowRun, State
 from prefect.events import emit_event
 from prefect.events.filters import EventFilter, EventNameFilter
-from prefect.states import AwaitingRetry, Cancelled, Cancelling, Crashed, Pending, Running
+from prefect.states import AwaitingRetry, Cancelled, Cancelling, Crashed, Pending, Running, Suspended
 from prefect.variables import Variable
 
 from flows.caretaker import (
@@ -24,24 +25,32 @@ from flows.caretaker import (
     LIVES,
     NOT_BEGUN,
     SETTLED,
+    SILENT,
     TAG,
     UNHEARD,
     Crash,
     begin_again,
+    bury,
     cancel,
+    cancelled_at,
     find_crashed,
     give_up,
     revive,
     stop_left,
+    suspend,
     to_cancel,
     to_give_up,
     to_revive,
+    to_suspend,
+    unbegun,
 )
 from flows.train_lenet import name_run, train_lenet
+from pipeline import run
 from pipeline.run import RunConfig
 from tests.conftest import free_ports, wait_for
 
 ROOT = Path(__file__).parents[2]
+BEAT = "prefect.flow-run.heartbeat"
 IN_VAIN = "cannot be looked for"
 
 
@@ -116,7 +125,10 @@ def test_what_crashed_too_often_or_never_began_is_given_up_and_people_are_told(
             ("Failed", "crashed before it began: the process is gone"),
         ]
     said = [record.getMessage() for record in caplog.records if record.name == "flows.notify"]
-    assert sum(line.startswith("nobody was notified that ") for line in said) == 2  # but tried
+    for given_up in (often, never):  # in vain, and it is said of which
+        which = f"({str(given_up)[:8]}): Failed: "
+        assert [line for line in said if line.startswith("nobody was notified that ") and which in line]
+    assert len(said) == 2
 
 
 @pytest.mark.usefixtures("prefect")
@@ -137,13 +149,101 @@ def test_what_was_cancelled_does_not_go_on_and_what_did_not_begin_does() -> None
 
 
 @pytest.mark.usefixtures("prefect")
+def test_what_was_suspended_waits_to_be_resumed_whatever_becomes_of_its_process() -> None:
+    until, gone = datetime.now(UTC) + timedelta(days=7), Crashed(message="the process is gone")
+    with get_client(sync_client=True) as client:
+        suspended = deployed(client, Running(), Suspended(pause_expiration_time=until), gone)
+        settled = datetime.now(UTC) + SETTLED
+        crashed = find_crashed(client, settled)
+        assert cancel(client, crashed) == []
+        assert suspend(client, crashed) == [suspended]
+        assert revive(client, crashed, settled) == give_up(client, crashed, settled) == []
+        state = client.read_flow_run(suspended).state
+        assert state is not None
+        assert (state.name, state.state_details.pause_timeout) == ("Suspended", until)
+        client.resume_flow_run(suspended)
+        assert ends(client, suspended) == [("Resuming", None)]
+
+
+@pytest.mark.usefixtures("prefect")
+def test_what_is_taken_up_and_cancelled_before_it_has_its_place_waits_for_no_process() -> None:
+    with get_client(sync_client=True) as client:
+        crashed, pending = deployed(client, Running(), Crashed()), deployed(client, Pending())
+        for flow_run in (crashed, pending):
+            client.update_flow_run(flow_run, infrastructure_pid="host:4711")
+        settled = datetime.now(UTC) + SETTLED
+        assert revive(client, find_crashed(client, settled), settled) == [crashed]
+        assert begin_again(client, datetime.now(UTC) + NOT_BEGUN) == [pending]
+        for flow_run in (crashed, pending):
+            client.set_flow_run_state(flow_run, Cancelling())
+            assert [state for state, _ in ends(client, flow_run)] == ["Cancelled"]
+
+
+@pytest.mark.usefixtures("prefect")
+def test_what_is_not_heard_any_more_has_crashed_though_the_server_was_away_when_its_process_died() -> None:
+    def beats() -> int:
+        return len(client.read_events(EventFilter(event=EventNameFilter(name=[BEAT])), limit=50).events)
+
+    with get_client(sync_client=True) as client:
+        silent, living, never = (deployed(client, Running()) for _ in range(3))
+        ended, strange = deployed(client, Running(), Cancelled()), begun(client, (), Running())
+        died = datetime.now(UTC)
+        alive, now = died + timedelta(seconds=1), died + SILENT  # no more: the server tells of no beat that is to come
+        for flow_run, when in (
+            (silent, died),
+            (living, died),
+            (living, alive),
+            (ended, died),
+            (strange, died),
+        ):
+            emit_event(BEAT, {"prefect.resource.id": f"prefect.flow-run.{flow_run}"}, occurred=when)
+        wait_for(lambda: beats() == 5)
+        assert bury(client, now, now - SILENT / 2) == []  # the server has not been there for long
+        assert bury(client, died + SILENT / 2, died - SILENT) == []
+        assert bury(client, now, now - SILENT) == [silent]
+        assert ends(client, silent) == [("Crashed", f"{UNHEARD} for 180 seconds; its process is gone.")]
+        assert ends(client, living, never, strange) == [("Running", None)] * 3
+        later = now + HEARD_AGAIN
+        assert revive(client, find_crashed(client, later), later) == [silent]
+
+
+@pytest.mark.usefixtures("prefect")
+def test_what_is_taken_again_and_again_and_never_begins_is_given_up_and_people_are_told(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    taken = [AwaitingRetry(), Pending()]
+    with get_client(sync_client=True) as client:
+        Variable.set("lenet_notify", "no-such/block", overwrite=True)
+        never = deployed(client, Pending(), *taken * LIVES)
+        nearly = deployed(client, Pending(), *taken * (LIVES - 1))
+        assert begin_again(client, datetime.now(UTC) + NOT_BEGUN) == [nearly]
+        assert ends(client, never) == [("Failed", f"given to the workers again {LIVES} times, and not begun")]
+    [said] = [record.getMessage() for record in caplog.records if record.name == "flows.notify"]
+    assert said.startswith("nobody was notified that ")  # but tried
+
+
+@pytest.mark.usefixtures("prefect")
+def test_the_job_of_one_that_crashed_over_its_cancellation_is_stopped_only_if_begun_before_that(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[datetime] = []
+    monkeypatch.setattr(run, "stop", lambda config, run_id, before: asked.append(before))
+    with get_client(sync_client=True) as client:
+        found = deployed(client, Running(), Cancelling(), Crashed())
+        told = cancelled_at(client.read_flow_run_states(found))
+        settled = datetime.now(UTC) + SETTLED
+        assert cancel(client, find_crashed(client, settled)) == [found]
+        stop_left(client, settled + SETTLED, {})
+    assert asked == [told]
+
+
+@pytest.mark.usefixtures("prefect")
 def test_what_is_heard_again_is_not_taken_up_while_it_lives() -> None:
-    name = "prefect.flow-run.heartbeat"
     with get_client(sync_client=True) as client:
         silent, living = (deployed(client, Running(), Crashed(message=f"{UNHEARD} for 90 seconds")) for _ in range(2))
-        beat = emit_event(name, {"prefect.resource.id": f"prefect.flow-run.{living}"})
+        beat = emit_event(BEAT, {"prefect.resource.id": f"prefect.flow-run.{living}"})
         assert beat is not None
-        wait_for(lambda: client.read_events(EventFilter(event=EventNameFilter(name=[name])), limit=1).events)
+        wait_for(lambda: client.read_events(EventFilter(event=EventNameFilter(name=[BEAT])), limit=1).events)
         assert find_crashed(client, beat.occurred + HEARD_AGAIN / 2) == []  # of neither it is known yet
         assert [found.run.id for found in find_crashed(client, beat.occurred + HEARD_AGAIN)] == [silent]
         later = beat.occurred + HEARD_AGAIN + timedelta(seconds=1)
@@ -163,6 +263,7 @@ def test_what_becomes_of_a_crash_depends_on_all_that_was_before_it() -> None:
         crashed(LIVES - 1, *scheduled, crash, *scheduled, crash, *scheduled),
         crashed(1, *scheduled, ago=FORGOTTEN),
         crashed(1, *scheduled, Cancelling(), Cancelled(), *scheduled),  # somebody has thought better of it
+        crashed(1, *scheduled, Suspended(), *scheduled),  # somebody has resumed it
         crashed(0, AwaitingRetry(), Pending()),
         crashed(0, AwaitingRetry(), Pending(), crash),
     ]
@@ -179,10 +280,25 @@ def test_what_becomes_of_a_crash_depends_on_all_that_was_before_it() -> None:
         for way in ([Cancelling()], [Cancelled()], [Cancelling(), Cancelled(), crash])
         for ago in (SETTLED, FORGOTTEN + moment)
     ]
-    every = [*cancelled, *good, *hopeless]
+    suspended = [
+        crashed(lives, *scheduled, Suspended(), *again, ago=ago)
+        for lives in (1, LIVES)
+        for again in ([], [crash])
+        for ago in (SETTLED, FORGOTTEN + moment)
+    ]
+    every = [*cancelled, *suspended, *good, *hopeless]
     assert to_revive(every, now) == [found.run.id for found in good]
     assert to_give_up(every, now) == [found.run for found in hopeless]
+    assert to_suspend(every) == suspended
     assert to_cancel(every) == [found.run.id for found in cancelled]
+
+
+def test_a_cancellation_and_beginnings_in_vain_count_from_when_it_was_scheduled_and_ran_last() -> None:
+    first, second = Cancelling(), Cancelled()
+    assert cancelled_at([AwaitingRetry(), Running(), first, Crashed(), second]) == first.timestamp
+    assert cancelled_at([Cancelled(), AwaitingRetry(), Running(), second]) == second.timestamp
+    assert cancelled_at([Cancelled(), AwaitingRetry()]) is None
+    assert unbegun([AwaitingRetry(), Running(), Crashed(), AwaitingRetry(), Pending(), AwaitingRetry()]) == 2
 
 
 @pytest.mark.parametrize("recipe", ["modern", "./mine/Tuned on müde.json", f"/{'x' * 99}.json"])

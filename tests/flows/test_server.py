@@ -39,6 +39,8 @@ def test_it_ends_with_the_command_even_one_that_was_killed(tmp_path: Path) -> No
     [
         ({}, {}),
         ({"no_proxy": "mine"}, "mine,127.0.0.1,localhost"),
+        ({"no_proxy": "*"}, "*"),
+        ({"no_proxy": "mine, *"}, "*"),
         ({"HTTPS_PROXY": "http://p:1", "NO_PROXY": "localhost,mine"}, "localhost,mine,127.0.0.1"),
         ({"http_proxy": "http://p:1", "no_proxy": "", "NO_PROXY": ""}, "127.0.0.1,localhost"),
     ],

@@ -1,15 +1,19 @@
-"""Proves what deploying makes of prefect.yaml, and that it says in a line what it lacks. That it deploys, and leaves
-alone what was set since, the tests of the stack show."""
+"""Proves what deploying makes of prefect.yaml and of the automation, and that it says in a line what it lacks. That it
+deploys, and leaves alone what was set since, the tests of the stack show."""
 
 import os
 import subprocess
 import sys
+from datetime import timedelta
+from pathlib import Path
 from uuid import uuid4
 
 import pytest
+from prefect.client.orchestration import get_client
 from prefect.client.schemas.responses import DeploymentResponse
+from prefect.testing.utilities import prefect_test_harness
 
-from infra.deploy import merged
+from infra.deploy import AUTOMATIONS, automate, merged
 from tests.conftest import free_ports
 from tests.infra.conftest import ROOT
 
@@ -43,6 +47,28 @@ def test_the_environment_goes_before_the_file_and_the_file_before_what_was_set_a
     assert found["schedules"] == entry["schedules"], "somebody deleted all there were, or there were none"
     first = merged(entry, None, {})
     assert first == entry
+
+
+def test_an_automation_is_made_anew_only_if_the_file_says_something_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With an automation goes what it waits for: to hear again of a flow run whose process has just died."""
+    with prefect_test_harness(server_startup_timeout=120), get_client(sync_client=True) as client:
+        automate(client)
+        [first] = client.read_automations_by_name("crash-zombie-flow-runs")
+        automate(client)
+        assert client.read_automations_by_name(first.name) == [first]
+        client.pause_automation(first.id)
+        automate(client)
+        [paused] = client.read_automations_by_name(first.name)
+        assert (paused.id, paused.enabled) == (first.id, False)
+        file = tmp_path / "automations.yaml"
+        file.write_text(AUTOMATIONS.read_text().replace("within: 90", "within: 120"))
+        monkeypatch.setattr("infra.deploy.AUTOMATIONS", file)
+        automate(client)
+        [anew] = client.read_automations_by_name(first.name)
+        assert anew.id != first.id
+        assert (anew.trigger.within, anew.enabled) == (timedelta(seconds=120), False)
 
 
 @pytest.mark.parametrize(

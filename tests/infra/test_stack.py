@@ -230,7 +230,8 @@ def test_wrong_keys_end_a_flow_in_a_line_and_who_wants_to_hear_of_it_is_told(sta
     with listening(stack) as told:
         stack.submit({"env": {"AWS_SECRET_ACCESS_KEY": "wrong-secret"}}, workers=1)
         wait_for(lambda: told)
-    assert told[0].startswith("fashion-mnist seed on 1 worker: Failed: ")
+    which = str(stack.flow_run()["id"])[:8]
+    assert told[0].startswith(f"fashion-mnist seed on 1 worker ({which}): Failed: ")
     assert "access denied" in told[0]
     assert told[0].endswith("check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE and its login")
     assert "\n" not in told[0]
@@ -276,7 +277,7 @@ def test_up_again_says_the_same_and_starts_nothing(stack: Running) -> None:
     deployments = stack.ask("/deployments/filter")
     assert sorted(deployment["name"] for deployment in deployments) == ["predict-lenet", "retention", "train-lenet"]
     automations = stack.ask("/automations/filter")
-    assert [(found["name"], found["enabled"]) for found in automations] == [("crash-zombie-flow-runs", False)]
+    assert [(found["id"], found["enabled"]) for found in automations] == [(str(automation.id), False)]
 
 
 def test_a_part_that_was_killed_is_seen_and_comes_back(stack: Running) -> None:

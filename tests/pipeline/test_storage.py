@@ -237,6 +237,8 @@ def test_an_at_sign_in_a_path_is_no_credential() -> None:
         ("AWS_ENDPOINT_URL_S3", "seaweedfs", "write http://seaweedfs"),
         ("LENET_S3_OUTAGE_S", "30s", "use 30"),
         ("LENET_S3_OUTAGE_S", "nan", "use 30"),
+        ("LENET_S3_OUTAGE_S", "inf", "use 30"),
+        ("LENET_S3_OUTAGE_S", "86401", "use 30"),
         ("LENET_S3_OUTAGE_S", "-1", "use 30"),
     ],
 )
