@@ -7,7 +7,7 @@ supervisor keeps the parts running: one that dies is started again.
 
 import json
 import os
-import shlex
+import re
 import socket
 import subprocess
 import sys
@@ -61,10 +61,8 @@ def up(stack: Stack) -> None:
             "PREFECT_SERVER_DATABASE_TIMEOUT": "60",  # SQLite has one writer; others wait for it rather than fail
             # Else it forgets, when it starts again, who holds a deployment's place, and that flow run is ended for it.
             "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
-            "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
             "PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "10",  # until a schedule that is switched on is seen
             "PREFECT_WORKER_QUERY_SECONDS": "1",  # how often a worker asks for work: 10 is what a person waits for
-            "PREFECT_LOGGING_EXTRA_LOGGERS": "pipeline,flows",
             "RAY_worker_niceness": "0",  # as of a local Ray: training does not give way to all else on this machine
             "PYTHONWARNINGS": "ignore",
         }
@@ -128,7 +126,7 @@ def _found(folder: Path) -> Stack:
 
 
 def _require_usable_path(stack: Stack) -> None:
-    if shlex.quote(sys.executable) != sys.executable:
+    if re.search(r"[^\w@%+=:,./-]", sys.executable):  # what a shell minds; shlex.quote minds é, too
         rule = "Ray starts no workers from a path with spaces or quotes"
         raise ConfigError("python", sys.executable, rule, "move the checkout, and set .venv up anew")
     if len(str(stack.folder.absolute())) > PATH_LENGTH:

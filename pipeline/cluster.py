@@ -362,8 +362,8 @@ def _connect(config: ClusterConfig) -> None:
         resources = local_resources()
         cpus, gpus = int(resources["CPU"]), int(resources["GPU"])
         # Ray gives the path to a shell as it is, for workers with variables of their own: training would wait for ever.
-        if (python := shlex.quote(sys.executable)) != sys.executable:
-            quiet["runtime_env"] = {"py_executable": python}
+        if re.search(r"[^\w@%+=:,./-]", sys.executable):
+            quiet["runtime_env"] = {"py_executable": shlex.quote(sys.executable)}
         ray.init(
             address="local", num_cpus=cpus, num_gpus=gpus, include_dashboard=False, _system_config=LOCAL_RAY_SETTINGS,
             **quiet,

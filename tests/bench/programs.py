@@ -52,8 +52,6 @@ class Cluster:
             "PREFECT_HOME": str(self.own / "prefect"),
             "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
             "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
-            "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
-            "PREFECT_LOGGING_EXTRA_LOGGERS": "pipeline,flows",
             "PREFECT_WORKER_QUERY_SECONDS": "2",
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(token),
@@ -75,10 +73,8 @@ class Cluster:
         self.start_server()
         self.start_ray()
         wait_for(lambda: httpx.get(f"{self.api}/health", timeout=5).is_success, "the Prefect server is not up")
-        self._prefect("work-pool", "create", "lenet", "--type", "process")
-        given = ["--param", f"storage={URL}", "--param", f"ray_address={self.jobs}"]
-        self._prefect("deploy", "--name", "train-lenet/train-lenet", *given)
-        self._prefect("automation", "create", "--from-file", "infra/automations.yaml")
+        given = {"LENET_STORAGE": URL, "LENET_RAY_ADDRESS": self.jobs}
+        self.head.run([sys.executable, "-m", "infra.deploy"], self.env | given)
         self.head.start("prefect-worker", [str(BIN / "prefect"), "worker", "start", "--pool", "lenet"], self.env)
         wait_for(_store_is_up, "S3 is not up")
 
@@ -130,9 +126,6 @@ class Cluster:
         tasks = httpx.post(f"{self.api}/task_runs/filter", json=wanted, timeout=30).raise_for_status().json()
         left = [f"{task['name']} is {task['state_name']}" for task in tasks if task["state_type"] != "COMPLETED"]
         return [state["name"] for state in sorted(went, key=lambda state: state["timestamp"])], left
-
-    def _prefect(self, *words: str) -> None:
-        self.head.run([str(BIN / "prefect"), "--no-prompt", *words], self.env)
 
 
 def _store_is_up() -> bool:
