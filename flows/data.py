@@ -29,7 +29,7 @@ def list_datasets(*, storage: Storage = DEFAULT_STORAGE) -> None:
     catalogue = Table("catalogue", "classes", "licence", "homepage", box=None)
     for entry in CATALOG.values():
         catalogue.add_row(entry.name, str(len(entry.classes)), entry.licence, entry.homepage)
-    console.print(catalogue)
+    console.print(catalogue, soft_wrap=True)
     store = open_store(storage)
     versions = Table("in the store", "version", "images", "shards", "MiB", "at", box=None)
     for manifest in list_manifests(store):
@@ -120,7 +120,7 @@ def _describe(manifest: Manifest) -> None:
         table.add_row(name, *(f"{report.class_counts[split][number]:,}" for split in manifest.splits))
     table.add_row("all", *(f"{manifest.rows(split):,}" for split in manifest.splits))
     console = plain_console()
-    console.print(table)
+    console.print(table, soft_wrap=True)
     console.print(f"training pixels: mean {report.pixel_mean:.4f}, standard deviation {report.pixel_std:.4f}")
     for split, count in report.duplicates.items():
         console.print(f"{split} images that are training images too: {count:,}")

@@ -43,6 +43,7 @@ class Display(logging.Handler):
         super().__init__(logging.INFO)
         self.console = console
         self.history: History = []
+        self.epochs = 0
         self.line = Text()
         self.live = Live(console=console, transient=True, auto_refresh=False)
 
@@ -59,7 +60,7 @@ class Display(logging.Handler):
     ) -> None:
         self.live.stop()
         if self.history and self.console.is_terminal:
-            self.console.print(draw(self.history, self.history[-1].epoch))
+            self.console.print(draw(self.history, self.epochs))
         for name in LOGGERS:
             logging.getLogger(name).removeHandler(self)
             logging.getLogger(name).propagate = True
@@ -68,32 +69,38 @@ class Display(logging.Handler):
         match record.__dict__:
             case {"now": Now() as now, "epochs": epochs, "images": images}:
                 self.line = describe(now, epochs, images)
-                self._draw(epochs)
+                self.epochs = epochs
+                self._draw()
             case {"epoch": EpochMetrics() as epoch, "epochs": epochs} if self.console.is_terminal:
                 # A training that is taken up again tells of all epochs again.
                 self.history = [*(before for before in self.history if before.epoch < epoch.epoch), epoch]
-                self._draw(epochs)
+                self.epochs = epochs
+                self._draw()
             case _:
                 step = record.name.rpartition(".")[2]
                 self.console.print(Text.assemble((f"{step:>10}  ", "cyan"), record.getMessage()), soft_wrap=True)
 
-    def _draw(self, epochs: int) -> None:
+    def _draw(self) -> None:
         if self.console.is_terminal:
-            parts = [draw(self.history, epochs)] if self.history else []
-            self.live.update(Group(*parts, self.line), refresh=True)
+            # What does not fit is cut off below: so what moves is above, and the table is no longer than there is room
+            # for beside the line, the chart, an empty line, its own head and a row to spare.
+            room = max(1, self.console.height - CHART_SIZE[1] - 4)
+            parts = [draw(self.history, self.epochs, room)] if self.history else []
+            self.live.update(Group(self.line, *parts), refresh=True)
 
 
 def describe(now: Now, epochs: int, images: int) -> Text:
-    """One line: where training is, how fast, how good so far, and how long it will take."""
+    """One line of 80 columns: where training is, how fast, how good so far, and how long it will take."""
     left = timedelta(seconds=round(now.seconds_left(epochs, images)))
     return Text(
-        f"epoch {now.epoch}/{epochs} · step {now.step}/{now.steps} · {now.images_per_second:,.0f} images/s · "
-        f"loss {now.loss:.4f} · accuracy {now.accuracy:.4f} · {left} left"
+        f"epoch {now.epoch}/{epochs}, {now.step / now.steps:.0%} · {now.images_per_second:,.0f} images/s · "
+        f"loss {now.loss:.3f} · accuracy {now.accuracy:.3f} · {left} left",
+        no_wrap=True,
     )
 
 
-def draw(history: History, epochs: int) -> Group:
-    """The three curves by epoch, and the last epochs in numbers."""
+def draw(history: History, epochs: int, rows: int = TABLE_EPOCHS) -> Group:
+    """The three curves by epoch, and the last epochs in numbers, in so many rows at most."""
     x = [epoch.epoch for epoch in history]
     plotext.clear_figure()
     plotext.theme("clear")
@@ -109,7 +116,7 @@ def draw(history: History, epochs: int) -> Group:
     ):
         plotext.plot(x, curve, label=name, color=colour, marker="braille")
     table = Table("epoch", "train loss", "train accuracy", f"{history[-1].held_out} accuracy", "images/s", box=None)
-    for epoch in history[-TABLE_EPOCHS:]:
+    for epoch in history[-min(rows, TABLE_EPOCHS) :]:
         table.add_row(
             f"{epoch.epoch}/{epochs}",
             f"{epoch.train_loss:.4f}",

@@ -14,7 +14,7 @@ from pipeline.storage import StorageConfig
 _STORAGE = StorageConfig.model_fields["storage"]
 Storage = Annotated[str, Parameter(help=str(_STORAGE.description))]
 DEFAULT_STORAGE: str = _STORAGE.default
-PIPE_WIDTH = 240
+LIST_WIDTH = 240
 
 
 def option(field: FieldInfo, text: str) -> Any:
@@ -38,9 +38,8 @@ def _whole_or_text(_: Any, tokens: Sequence[Token]) -> int | str:
 
 
 def plain_console() -> Console:
-    """As wide as the terminal; where there is none, wide enough that a run stays on its line. Names of classes are
-    anybody's text, and no markup."""
+    """Wide enough that a run stays on its line: a narrow terminal wraps that by itself, where Rich would cut off names,
+    which the next command needs whole. Names of classes are anybody's text, and no markup."""
     console = Console(highlight=False, markup=False, emoji=False)
-    if not console.is_terminal:
-        console.width = PIPE_WIDTH
+    console.width = max(console.width, LIST_WIDTH)
     return console

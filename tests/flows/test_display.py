@@ -6,6 +6,7 @@ import os
 
 import pytest
 from rich.console import Console
+from rich.text import Text
 
 from flows.display import Display, Lasting
 from pipeline.checkpoint import EpochMetrics
@@ -46,7 +47,7 @@ def test_epochs_are_drawn_in_a_terminal_and_listed_elsewhere(console: Console) -
         assert "2/3    1.0000      0.4000          0.3500         30,000" in text
         assert "test accuracy" in text
         assert "⠤" in text  # a curve
-        assert "epoch 1/3 · step 60/240 · 1,000 images/s · loss 2.1000 · accuracy 0.2500 · 0:02:45 left" in text
+        assert "epoch 1/3, 25% · 1,000 images/s · loss 2.100 · accuracy 0.250 · 0:02:45 left" in text
     else:
         assert text.splitlines()[1:] == [
             "     train  epoch 1 of 3: train loss 2.0000, train accuracy 0.4000, test accuracy 0.3500, 30,000 images/s",
@@ -61,6 +62,37 @@ def test_an_epoch_that_is_told_again_is_drawn_once(console: Console) -> None:
         for number in (1, 2, 1, 2, 3):
             log.info("epoch %d of 3: %s", number, metrics(number), extra={"epoch": metrics(number), "epochs": 3})
     assert [epoch.epoch for epoch in display.history] == ([1, 2, 3] if console.is_terminal else [])
+
+
+def test_all_that_moves_is_seen_in_a_small_terminal() -> None:
+    file = io.StringIO()
+    console = Console(file=file, force_terminal=True, width=80, height=24)
+    for name in ("flows.train", "now"):
+        logging.getLogger(name).setLevel(logging.INFO)
+    with Display(console):
+        for number in range(1, 51):
+            logging.getLogger("flows.train").info("", extra={"epoch": metrics(number), "epochs": 60})
+        now = Now(epoch=51, step=460, steps=469, loss=0.1234, accuracy=0.9876, images_per_second=123_456.0)
+        file.seek(0)
+        file.truncate()
+        logging.getLogger("now").info("%s", now, extra={"now": now, "epochs": 60, "images": 60_000})
+        lines = Text.from_ansi(file.getvalue()).plain.splitlines()
+    assert len(lines) < 24
+    line, *_, last = (line.strip() for line in lines if line.strip())
+    assert line == "epoch 51/60, 98% · 123,456 images/s · loss 0.123 · accuracy 0.988 · 0:00:04 left"
+    assert last.startswith("50/60 ")
+
+
+def test_what_is_left_of_an_interrupted_training_says_that_more_was_to_come() -> None:
+    file = io.StringIO()
+    log = logging.getLogger("flows.train")
+    log.setLevel(logging.INFO)
+    with Display(Console(file=file, force_terminal=True, width=100)):
+        log.info("", extra={"epoch": metrics(1), "epochs": 3})
+        file.seek(0)
+        file.truncate()
+    assert "1/3    2.0000" in file.getvalue()
+    assert "1/1" not in file.getvalue()
 
 
 def test_a_display_that_nobody_reads_any_more_ends_nothing() -> None:
