@@ -4,7 +4,7 @@ import contextlib
 import logging
 import re
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -63,21 +63,15 @@ def as_prefect_knows_it() -> Iterator[None]:
         raise TerminationSignal(signal.SIGTERM) from None
 
 
-def _outcome(step: str) -> Callable[..., str | None]:
-    """A cache key that exists once the step's outcome is in the store, and goes when the outcome goes."""
-    return lambda context, parameters: run.outcome(step, parameters["config"])
-
-
-# Every step can be repeated. Results are kept as JSON: what is read back is data, never code.
+# Every step can be repeated, and finds in the store what it has done before. Prefect keeps no results: another worker
+# has none of them, and they would outlive what they are about.
 STEP: dict[str, Any] = {
     "retries": 2,
     "retry_delay_seconds": [10, 60],
     "retry_condition_fn": _may_pass,
-    "persist_result": True,
-    "result_serializer": "json",
+    "cache_policy": NO_CACHE,
+    "persist_result": False,
 }
-# When a flow run is taken up again, Prefect would take the results of before.
-NEVER_CACHED = {**STEP, "cache_policy": NO_CACHE}
 HOUR = 3600
 
 
@@ -90,25 +84,25 @@ def _may_come_back(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -
 AWAITED = {"retries": 5, "retry_delay_seconds": [10, 60, 120, 240, 300], "retry_condition_fn": _may_come_back}
 
 
-@task(**NEVER_CACHED | AWAITED)
+@task(**STEP | AWAITED)
 def begin(config: RunConfig, run_id: str) -> RunConfig:
     """Check and record the run."""
     return run.begin(config, run_id)
 
 
-@task(**STEP, timeout_seconds=HOUR, cache_key_fn=_outcome("download"))
+@task(**STEP, timeout_seconds=HOUR)
 def download(config: RunConfig) -> Path | None:
     """Bring the verified source files here, if the store does not hold the dataset yet."""
     return run.download(config)
 
 
-@task(**NEVER_CACHED, timeout_seconds=HOUR)  # it proves every byte of the shards before a run trains on them
+@task(**STEP, timeout_seconds=HOUR)
 def shard(config: RunConfig, source: Path | None) -> Manifest:
-    """Write the Parquet shards, if need be, and verify them."""
+    """Write the Parquet shards, if need be, and prove every byte of them before a run trains on them."""
     return run.shard(config, source)
 
 
-@task(**STEP, cache_key_fn=_outcome("train"))
+@task(**STEP)
 def train(config: RunConfig, manifest: Manifest) -> Training:
     """Train on Ray, going on from the run's last checkpoint, and follow the epochs."""
     epochs = config.resolved().epochs
@@ -125,19 +119,19 @@ def train(config: RunConfig, manifest: Manifest) -> Training:
         return run.train(config, manifest, on_epoch, on_now)
 
 
-@task(**STEP, timeout_seconds=HOUR, cache_key_fn=_outcome("export"))
+@task(**STEP, timeout_seconds=HOUR)
 def export(config: RunConfig, manifest: Manifest, training: Training) -> Exported:
     """Write the candidate as safetensors, ONNX and torch.export's archive."""
     return run.export(config, manifest, training)
 
 
-@task(**STEP, timeout_seconds=HOUR, cache_key_fn=_outcome("evaluate"))
+@task(**STEP, timeout_seconds=HOUR)
 def evaluate(config: RunConfig, manifest: Manifest, exported: Exported) -> Evaluation:
     """Judge all forms of the candidate in the store on the test shards."""
     return run.evaluate(config, manifest, exported)
 
 
-@task(**NEVER_CACHED, timeout_seconds=HOUR)
+@task(**STEP, timeout_seconds=HOUR)
 def publish(config: RunConfig, manifest: Manifest, training: Training, evaluation: Evaluation) -> Published:
     """Publish model and report, and show both in Prefect."""
     published = run.publish(config, manifest, training, evaluation)
@@ -147,7 +141,7 @@ def publish(config: RunConfig, manifest: Manifest, training: Training, evaluatio
     return published
 
 
-@task(**NEVER_CACHED, timeout_seconds=HOUR)
+@task(**STEP, timeout_seconds=HOUR)
 def promote(config: RunConfig) -> Comparison:
     """Register the model, and make it the champion if it is better."""
     comparison = run.promote(config)

@@ -11,7 +11,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, Field
+from pydantic import Field
 
 import pipeline.cluster
 import pipeline.download
@@ -50,7 +50,7 @@ from pipeline.record import (
 from pipeline.sharding import ShardConfig, dataset_folder, run_in_threads, write_shards
 from pipeline.shards import Manifest, find_manifest, require_manifest, verify_shards
 from pipeline.source import SourceConfig, open_source
-from pipeline.storage import StorageConfig, Store, open_store, sha256
+from pipeline.storage import StorageConfig, Store, open_store
 from pipeline.train import Training, staging
 
 if TYPE_CHECKING:
@@ -307,25 +307,6 @@ def _writing(output: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise ConfigError("output", str(output), str(error.strerror), "name a file that can be written") from None
-
-
-def outcome(step: str, config: RunConfig) -> str | None:
-    """A name for what the finished step left in the store; None while it has not finished."""
-    store = open_store(config.storage)
-    found: BaseModel | None
-    match step:
-        case "download":
-            folder = _published_folder(config)
-            found = None if folder is None else find_manifest(store, folder)
-        case "train":
-            found = pipeline.train.find_training(store, _run_id(config))
-        case "export":
-            found = pipeline.evaluate.find_export(store, _run_id(config))
-        case "evaluate":
-            found = pipeline.evaluate.find_evaluation(store, _run_id(config))
-        case _:
-            raise AssertionError(f"step {step} leaves no receipt")
-    return None if found is None else f"{step}-{sha256(f'{store.url} {found.model_dump_json()}'.encode())}"
 
 
 def _published_folder(config: DataConfig) -> str | None:
