@@ -9,6 +9,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from pipeline.config import allowed
+from pipeline.recipe import RECIPE_VALUES
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -24,11 +25,11 @@ def with_parameters(
     def decorate(function: Function) -> Function:
         parameters, lines = [], [inspect.cleandoc(function.__doc__ or ""), "", "Args:"]
         for name, field in config.model_fields.items():
-            text = (
-                f"{field.description} Takes {allowed(name, config)}."
-                if allowed(name, config)
-                else str(field.description)
-            )
+            text = str(field.description)
+            if allowed(name, config):
+                text += f" Takes {allowed(name, config)}."
+            if name in RECIPE_VALUES and field.default is None:
+                text += " The recipe's own if not given."
             annotation = annotate(field, text)
             parameters.append(
                 inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=annotation)
