@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from flows.options import DEFAULT_STORAGE
+from flows.options import DEFAULT_STORAGE, whole
 from pipeline.errors import ConfigError
 from pipeline.own import shown
 from pipeline.predict import Invert, Prediction, predict_pictures
