@@ -34,6 +34,7 @@ from pipeline.storage import open_store
 from pipeline.strays import find_strays, remove
 
 Model = Annotated[str, Parameter(help="Name of the model.")]
+Published = Annotated[str, Parameter(name=["--url", "--storage"])]
 
 
 def models(*, storage: Storage = DEFAULT_STORAGE) -> None:
@@ -91,7 +92,7 @@ def index(*, storage: Storage = DEFAULT_STORAGE) -> None:
     print(store.locate(INDEX))
 
 
-def verify(url: str) -> None:
+def verify(url: Published) -> None:
     """Prove a published run: its hashes, that its predictions are the model's, that every figure of accuracy follows
     from them, that all forms of the model agree, and that page and card say what the report says.
 
@@ -104,7 +105,7 @@ def verify(url: str) -> None:
     print(f"verified: {url}")
 
 
-def export(url: str, output: Path) -> None:
+def export(url: Published, output: Path) -> None:
     """Write a published model to a folder: model.safetensors, model.onnx, model.pt2 and its card.
 
     Args:
