@@ -348,9 +348,11 @@ def _run_id(config: RunConfig) -> str:
 
 
 def _require_same(begun: dict[str, Any], now: dict[str, Any]) -> None:
+    # Of two files the values decide, which are parameters too.
+    decided = {"recipe"} if RECIPES.keys().isdisjoint((begun.get("recipe"), now["recipe"])) else set()
     for name, value in now.items():
         # A parameter that there was not when the run was begun has no value to keep.
-        if name in begun and name not in MAY_CHANGE and begun[name] != value:
+        if name in begun and name not in MAY_CHANGE | decided and begun[name] != value:
             raise ConfigError(
                 name,
                 value,
