@@ -58,7 +58,16 @@ def assert_one_line(capsys: pytest.CaptureFixture[str], message: str) -> None:
         ("--storage ftp://x/y", "storage='ftp://x/y': the store is a folder, file:///path or s3://bucket/prefix;", 2),
         ("--storage s3://key:secret@bucket", "storage='s3://…@bucket': credentials do not belong in a URL;", 2),
         ("--storage /etc/passwd", "storage='/etc/passwd': is a file; name a folder, or s3://bucket/prefix", 2),
-        ("--storage /dev/null/store", "/dev/null/store/.probe-", 1),
+        (
+            "--storage /dev/null/store",
+            "storage='/dev/null/store': not found (Not a directory); check that the store's folder is there, or can",
+            1,
+        ),
+        (
+            "--storage /proc/store",
+            "storage='/proc/store': not found (No such file or directory); check that the store's folder is there, or",
+            1,
+        ),
         ("--ray-address 127.0.0.1:9", "ray_address='127.0.0.1:9': no Ray cluster answers there (", 1),
         ("--ray-address nonsense", "ray_address='nonsense': no Ray cluster answers there (", 1),
     ],
