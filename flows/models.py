@@ -1,6 +1,5 @@
 """`lenet models` and what can be done with what is published: promote, rollback, index, verify, export, gc…"""
 
-import logging
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any
@@ -125,7 +124,6 @@ def reproduce(run_id: str, *, storage: Storage = DEFAULT_STORAGE, ray_address: s
         run_id: The run's id.
         ray_address: Ray cluster to train on: auto or host:port. A local Ray is started if not given.
     """
-    logging.getLogger("pipeline").setLevel(logging.INFO)
     with Display(Lasting()):
         found = pipeline.reproduce.reproduce(open_store(storage), run_id, ray_address)
     for difference in found.differences:

@@ -3,7 +3,7 @@ the same names, defaults, bounds and help, written once."""
 
 import inspect
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -15,11 +15,12 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def with_parameters(
-    config: type[BaseModel], annotate: Callable[[FieldInfo, str], Any]
+    config: type[BaseModel],
+    annotate: Callable[[FieldInfo, str], Any] = lambda field, text: Annotated[field.annotation, field],
 ) -> Callable[[Function], Function]:
     """Give a function of **parameters the fields of `config` as keyword-only parameters.
 
-    `annotate` makes each one's annotation from the field and its help text.
+    `annotate` makes each one's annotation from the field and its help text; Prefect's form takes the field itself.
     """
 
     def decorate(function: Function) -> Function:
