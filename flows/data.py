@@ -4,12 +4,13 @@ import contextlib
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from cyclopts import App
+from cyclopts import App, Parameter
+from cyclopts.validators import Number
 from rich.table import Table
 
-from flows.options import DEFAULT_STORAGE, Storage, option, plain_console
+from flows.options import DEFAULT_STORAGE, Storage, option, plain_console, whole
 from flows.parameters import with_parameters
 from pipeline.catalog import CATALOG
 from pipeline.config import config_of
@@ -72,21 +73,23 @@ def verify_datasets(*datasets: str, storage: Storage = DEFAULT_STORAGE) -> None:
 
 @data.command(name="show")
 def show_dataset(
-    dataset: str, *, storage: Storage = DEFAULT_STORAGE, output: Path | None = None, samples: int = 10
+    dataset: str,
+    *,
+    storage: Storage = DEFAULT_STORAGE,
+    output: Path | None = None,
+    samples: Annotated[int, Parameter(validator=Number(gte=1, lte=100), converter=whole)] = 10,
 ) -> None:
     """Draw some images of every class, with the class counts, into a page or a picture.
 
     Args:
         dataset: Its name in the store.
         output: File to write, .html or .png; the dataset's name with .html if not given.
-        samples: Images of each class.
+        samples: Images of each class, 1 to 100.
     """
     output = output or Path(f"{dataset}.html")
     render = {".html": render_html, ".png": render_png}.get(output.suffix)
     if render is None:
         raise ConfigError("output", str(output), "the name says what to draw", "let it end in .html or .png")
-    if not 1 <= samples <= 100:
-        raise ConfigError("samples", samples, "it is out of bounds", "use a number from 1 to 100")
     store = open_store(storage)
     manifest = _named(store, (dataset,))[-1]
     content = render(manifest, contact_sheet(store, manifest, samples))

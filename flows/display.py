@@ -49,6 +49,7 @@ class Display(logging.Handler):
 
     def __enter__(self) -> Self:
         for name in LOGGERS:
+            logging.getLogger(name).setLevel(logging.INFO)
             logging.getLogger(name).addHandler(self)
             logging.getLogger(name).propagate = False
         if self.console.is_terminal:

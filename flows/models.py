@@ -1,6 +1,5 @@
 """`lenet models` and what can be done with what is published: promote, rollback, index, verify, export, gc…"""
 
-import logging
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any
@@ -34,6 +33,7 @@ from pipeline.storage import open_store
 from pipeline.strays import find_strays, remove
 
 Model = Annotated[str, Parameter(help="Name of the model.")]
+Published = Annotated[str, Parameter(name=["--url", "--storage"])]
 
 
 def models(*, storage: Storage = DEFAULT_STORAGE) -> None:
@@ -91,7 +91,7 @@ def index(*, storage: Storage = DEFAULT_STORAGE) -> None:
     print(store.locate(INDEX))
 
 
-def verify(url: str) -> None:
+def verify(url: Published) -> None:
     """Prove a published run: its hashes, that its predictions are the model's, that every figure of accuracy follows
     from them, that all forms of the model agree, and that page and card say what the report says.
 
@@ -104,7 +104,7 @@ def verify(url: str) -> None:
     print(f"verified: {url}")
 
 
-def export(url: str, output: Path) -> None:
+def export(url: Published, output: Path) -> None:
     """Write a published model to a folder: model.safetensors, model.onnx, model.pt2 and its card.
 
     Args:
@@ -124,7 +124,6 @@ def reproduce(run_id: str, *, storage: Storage = DEFAULT_STORAGE, ray_address: s
         run_id: The run's id.
         ray_address: Ray cluster to train on: auto or host:port. A local Ray is started if not given.
     """
-    logging.getLogger("pipeline").setLevel(logging.INFO)
     with Display(Lasting()):
         found = pipeline.reproduce.reproduce(open_store(storage), run_id, ray_address)
     for difference in found.differences:

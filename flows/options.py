@@ -21,7 +21,9 @@ def option(field: FieldInfo, text: str) -> Any:
     """The annotation of a field's option, with this help text."""
     kinds = {field.annotation, *get_args(field.annotation)}
     read = (_whole_or_text if str in kinds else whole) if int in kinds else None
-    return Annotated[field.annotation, Parameter(help=text, converter=read)]
+    # What it takes is in its text; and a list of none is never meant.
+    shown = Parameter(help=text, converter=read, show_choices=False, show_default=_shown, negative_iterable=())
+    return Annotated[field.annotation, shown]
 
 
 def whole(_: Any, tokens: Sequence[Token]) -> int:
@@ -30,6 +32,18 @@ def whole(_: Any, tokens: Sequence[Token]) -> int:
     if isinstance(number, str):
         raise ValueError(f'"{number}" is no whole number')
     return number
+
+
+def _shown(default: Any) -> str | None:
+    """A default as one would type it; None for none."""
+    match default:
+        case None:
+            return None
+        case tuple():
+            return ", ".join(map(str, default))
+        case float():
+            return f"{default:.4g}"
+    return str(default)
 
 
 def _whole_or_text(_: Any, tokens: Sequence[Token]) -> int | str:

@@ -3,32 +3,34 @@ the same names, defaults, bounds and help, written once."""
 
 import inspect
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from pipeline.config import allowed
+from pipeline.recipe import RECIPE_VALUES
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def with_parameters(
-    config: type[BaseModel], annotate: Callable[[FieldInfo, str], Any]
+    config: type[BaseModel],
+    annotate: Callable[[FieldInfo, str], Any] = lambda field, text: Annotated[field.annotation, field],
 ) -> Callable[[Function], Function]:
     """Give a function of **parameters the fields of `config` as keyword-only parameters.
 
-    `annotate` makes each one's annotation from the field and its help text.
+    `annotate` makes each one's annotation from the field and its help text; Prefect's form takes the field itself.
     """
 
     def decorate(function: Function) -> Function:
         parameters, lines = [], [inspect.cleandoc(function.__doc__ or ""), "", "Args:"]
         for name, field in config.model_fields.items():
-            text = (
-                f"{field.description} Takes {allowed(name, config)}."
-                if allowed(name, config)
-                else str(field.description)
-            )
+            text = str(field.description)
+            if allowed(name, config):
+                text += f" Takes {allowed(name, config)}."
+            if name in RECIPE_VALUES and field.default is None:
+                text += " The recipe's own if not given."
             annotation = annotate(field, text)
             parameters.append(
                 inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=annotation)

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from flows.options import DEFAULT_STORAGE
+from flows.options import DEFAULT_STORAGE, whole
 from pipeline.errors import ConfigError
 from pipeline.own import shown
 from pipeline.predict import Invert, Prediction, predict_pictures
@@ -21,9 +21,9 @@ def predict(
     images: list[Path],
     /,
     *,
-    model: str = DEFAULT_STORAGE,
+    model: Annotated[str, Parameter(name=["--model", "--storage"])] = DEFAULT_STORAGE,
     invert: Invert = "auto",
-    top: Annotated[int, Parameter(validator=Number(gte=1))] = 3,
+    top: Annotated[int, Parameter(validator=Number(gte=1), converter=whole)] = 3,
 ) -> None:
     """Say what is in pictures, PNG or JPEG of any size.
 

@@ -1,7 +1,7 @@
 """The flow `predict-lenet`: one task, one call into `pipeline.batch`."""
 
 import logging
-from typing import Annotated, Any
+from typing import Any
 
 from prefect import flow, task
 from prefect.artifacts import create_markdown_artifact
@@ -24,7 +24,7 @@ def predict(config: PredictConfig) -> BatchReport:
 
 
 @flow(name="predict-lenet", on_failure=[on_failure])
-@with_parameters(PredictConfig, lambda field, text: Annotated[field.annotation, field])
+@with_parameters(PredictConfig)
 def predict_lenet(**parameters: Any) -> BatchReport:
     """Predict pictures or Parquet with a published model, on Ray, and publish the predictions as Parquet."""
     logging.getLogger("pipeline").setLevel(logging.INFO)

@@ -1,7 +1,7 @@
 """The flow `retention`: one task, one call into `pipeline.retention`."""
 
 import logging
-from typing import Annotated, Any
+from typing import Any
 
 from prefect import flow, task
 from prefect.artifacts import create_table_artifact
@@ -22,7 +22,7 @@ def clean(config: RetentionConfig) -> Plan:
 
 
 @flow(name="retention", on_failure=[on_failure])
-@with_parameters(RetentionConfig, lambda field, text: Annotated[field.annotation, field])
+@with_parameters(RetentionConfig)
 def retention(**parameters: Any) -> Plan:
     """List, or remove, old runs that are no version of a model, and checkpoints and copies of other old ones."""
     logging.getLogger("pipeline").setLevel(logging.INFO)

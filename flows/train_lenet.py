@@ -7,7 +7,7 @@ import signal
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 from prefect import flow, task
 from prefect.artifacts import (
@@ -167,7 +167,7 @@ def _flow_run_name() -> str:
 
 
 @flow(name="train-lenet", flow_run_name=_flow_run_name, on_failure=[on_failure])
-@with_parameters(RunConfig, lambda field, text: Annotated[field.annotation, field])
+@with_parameters(RunConfig)
 def train_lenet(**parameters: Any) -> Published:
     """Download a dataset, shard it to Parquet, train LeNet on Ray, evaluate, publish, promote the better."""
     for name in ("pipeline", "flows", "now"):

@@ -1,6 +1,5 @@
 """`lenet tune`: search a recipe's hyperparameters; what comes of it is a recipe file that `lenet train` takes."""
 
-import logging
 from typing import Any
 
 from rich.table import Table
@@ -20,7 +19,6 @@ def tune(**parameters: Any) -> None:
     """Search a recipe's hyperparameters with Ray Tune, judging them on validation images; never on the test images."""
     config = config_of(parameters, TuneRunConfig)
     console = Lasting(highlight=False)
-    logging.getLogger("pipeline").setLevel(logging.INFO)
     with Display(console):
         tuned = pipeline.run.tune(config)
     table = Table("accuracy", "epochs", *config.vary, box=None)

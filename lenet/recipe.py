@@ -21,7 +21,8 @@ class Recipe:
     `schedule`: one-cycle rises in a line over the part `warmup` of all steps and falls to zero along half a cosine.
     `averaging`: decay of the exponential moving average of the weights, which is then the model; 0 is none.
     `precision`: bfloat16 is that of the factors of convolutions, on a GPU; a CPU computes in float32, which is faster
-    there. Weights and updates are float32.
+    there. Weights and updates are float32, but torch's Muon orthogonalises in bfloat16, which magnifies the rounding
+    by which sums over one worker and over two differ.
     """
 
     name: str
@@ -95,7 +96,7 @@ RECIPES: dict[str, Recipe] = {
             activation="relu",
             weights="kaiming",
             standardise=True,
-            # No flips: nearly all shoes point one way, and they cost 0.004 on validation images.
+            # No flips: nearly all shoes point one way.
             augment=Augment(shift=2),
             label_smoothing=0.05,
             optimizer="muon",

@@ -127,7 +127,7 @@ def predict_batch(config: PredictConfig) -> BatchReport:
         return _report(done)
     if strange := [key for key in _written(output) if not CONTENT.fullmatch(key)]:
         raise ConfigError("output", config.output, f"it holds {strange[0]}, which is not ours", "name another folder")
-    output.check_writable()
+    output.check_writable("output")
     if cluster.by_job:
         return _report(jobs.run_job(str(cluster.ray_address), _work(output, config, served, content)))
     job = Job(feed.store, output, served, config.image_column, config.invert, content)

@@ -49,7 +49,7 @@ def render_card(report: Report, side: int) -> str:
                 "version, sha256": report.dataset.digest,
                 **{f"{split} images": f"{rows:,}" for split, rows in report.dataset.rows.items()},
                 "licence": report.dataset.licence,
-                "home page": report.dataset.homepage,
+                **({"home page": report.dataset.homepage} if report.dataset.homepage else {}),
             }
         ),
         "## Training",

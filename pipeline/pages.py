@@ -7,6 +7,7 @@ import jinja2
 from PIL import Image
 
 from pipeline.idx import Pixels
+from pipeline.promotion import shown_p
 
 
 def render_page(template: str, **values: object) -> str:
@@ -16,6 +17,7 @@ def render_page(template: str, **values: object) -> str:
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     environment.filters["percent"] = lambda value, digits=1: f"{100 * value:.{digits}f}\N{NO-BREAK SPACE}%"
+    environment.filters["p"] = shown_p
     return environment.get_template(template).render(**values)
 
 

@@ -5,6 +5,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from pipeline.metrics import Verdict, mcnemar
 
+SMALLEST_P = 1e-12  # of those below it, the exact test rounds some to 0, which none is
+
 
 class PromoteConfig(BaseModel):
     """Under which name a run's model is registered, and when it becomes the champion of that name."""
@@ -50,6 +52,11 @@ class Comparison(BaseModel):
     reasons: list[str]
 
 
+def shown_p(p: float, digits: int = 2) -> str:
+    """A p-value as people read it."""
+    return f"p = {p:.{digits}g}" if p >= SMALLEST_P else f"p < {SMALLEST_P:g}"
+
+
 def first(config: PromoteConfig) -> Comparison:
     """What is said of a candidate when there is no champion."""
     if not config.promote:
@@ -81,7 +88,7 @@ def compare(
     elif gain < config.min_gain:
         reasons.append(f"it gains {gain:.4f} and min_gain is {config.min_gain:g}")
     if gain > 0 and p > config.max_p:
-        reasons.append(f"such a gain comes by chance with p = {p:.3f}, and max_p is {config.max_p:g}")
+        reasons.append(f"such a gain comes by chance with {shown_p(p, 3)}, and max_p is {config.max_p:g}")
     for before, after in zip(old.classes, new.classes, strict=True):
         if before.f1 - after.f1 > config.max_f1_drop:
             reasons.append(
@@ -102,18 +109,18 @@ def compare(
         only_candidate=only_candidate,
         p=p,
         promoted=promoted,
-        reasons=reasons or [f"it recognises {only_candidate - only_champion} images more, p = {p:.2g}"],
+        reasons=reasons or [f"it recognises {only_candidate - only_champion} images more, {shown_p(p)}"],
     )
 
 
 def render_decision(model: str, comparison: Comparison) -> str:
     """The decision in a few lines of Markdown."""
     lines = [f"# {model}: {'a new champion' if comparison.promoted else 'the champion stays'}", ""]
-    if comparison.gain is not None:
+    if comparison.gain is not None and comparison.p is not None:
         lines += [
             f"Held against {comparison.champion}: {comparison.gain:+.2%} of test accuracy; "
             f"{comparison.only_candidate} images are right in this one alone, {comparison.only_champion} in the "
-            f"champion alone, p = {comparison.p:.2g}.",
+            f"champion alone, {shown_p(comparison.p)}.",
             "",
         ]
     return "\n".join([*lines, *(f"- {reason}" for reason in comparison.reasons), ""])

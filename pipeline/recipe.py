@@ -19,6 +19,7 @@ Hyperparameter = Literal[
 for _part in (Augment, Recipe):
     with_config(extra="forbid")(_part)  # a misspelt value in a file is not passed over
 _RECIPE = TypeAdapter(Recipe)
+RECIPE_VALUES = {field.name for part in (Recipe, Augment) for field in fields(part)}
 
 
 def find_recipe(name: str) -> Recipe:
@@ -29,7 +30,7 @@ def find_recipe(name: str) -> Recipe:
         raise ValueError(f"no such recipe; use one of {', '.join(RECIPES)}, or a recipe's .json file")
     try:
         recipe = _RECIPE.validate_json(Path(name).read_bytes())
-        TrainConfig.model_validate(_flat(recipe))  # which has the bounds
+        RecipeConfig.model_validate(_flat(recipe))  # which has the bounds
         return recipe
     except OSError as error:
         raise ValueError(f"the file cannot be read ({error.strerror}); use one that lenet tune wrote") from None
@@ -53,9 +54,9 @@ def varied(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
 
 
 def _flat(recipe: Recipe) -> dict[str, Any]:
-    """The recipe's values as `TrainConfig` names them."""
+    """The recipe's values as `RecipeConfig` names them."""
     values = asdict(recipe)
-    return {name: value for name, value in (values | values["augment"]).items() if name in TrainConfig.model_fields}
+    return {name: value for name, value in (values | values["augment"]).items() if name in RecipeConfig.model_fields}
 
 
 def _known_recipe(name: str) -> str:
@@ -63,7 +64,7 @@ def _known_recipe(name: str) -> str:
     return name
 
 
-class TrainConfig(BaseModel):
+class RecipeConfig(BaseModel):
     """What the weights become. A value that is not given is the recipe's own."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -111,12 +112,6 @@ class TrainConfig(BaseModel):
     precision: Literal["float32", "bfloat16"] | None = Field(
         None, description="What to compute gradients in; bfloat16 is for GPUs."
     )
-    checkpoint_steps: int | None = Field(
-        None, ge=1, description="Keep a checkpoint after every so many steps too, not only after every epoch."
-    )
-    checkpoint_seconds: float = Field(
-        60, gt=0, description="Keep a checkpoint after so many seconds in which there was none."
-    )
 
     def resolved(self) -> Recipe:
         """The recipe with the values given here in place of its own."""
@@ -127,13 +122,26 @@ class TrainConfig(BaseModel):
         return _flat(self.resolved())
 
 
+class TrainConfig(RecipeConfig):
+    """What the weights become, and when what has come of them so far is kept."""
+
+    checkpoint_steps: int | None = Field(
+        None, ge=1, description="Keep a checkpoint after every so many steps too, not only after every epoch."
+    )
+    checkpoint_seconds: float = Field(
+        60, gt=0, description="Keep a checkpoint after so many seconds in which there was none."
+    )
+
+
 class TuneConfig(BaseModel):
     """How to search."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     vary: tuple[Hyperparameter, ...] = Field(
-        ("lr",), min_length=1, description=f"Hyperparameters to vary: {', '.join(get_args(Hyperparameter))}."
+        ("lr",),
+        min_length=1,
+        description=f"What to vary: {', '.join(get_args(Hyperparameter))}. Give it several times to vary several.",
     )
     trials: int = Field(16, ge=1, le=10_000, description="Combinations to try.")
     output: str = Field("tuned.json", pattern=r"\.json$", description="Recipe file to write.")

@@ -126,13 +126,16 @@ def find_champion(store: Store, model: str) -> Champion | None:
     return find_document(store, key, Champion)
 
 
-def require_champion(store: Store, model: str) -> Champion:
-    """The champion of a model; ConfigError before the first."""
+def require_champion(store: Store, model: str, asked: str | None = None) -> Champion:
+    """The champion of a model; ConfigError, about what was asked for, before the first."""
     champion = find_champion(store, model)
     if champion is None:
         others = ", ".join(f"models/{name}" for name in list_models(store) if name != model)
+        rule = f"there is no champion of {model}"
         remedy = f"name {others} in it" if others else "train one, or name a run's folder"
-        raise ConfigError("model", str(store), f"there is no champion of {model}", remedy)
+        if not (store.keys("models") or store.keys("runs")):
+            rule, remedy = "there is no store with a model", "name the store, e.g. ./store, or ./store/models/NAME"
+        raise ConfigError("model", str(store) if asked is None else asked, rule, remedy)
     return champion
 
 
@@ -294,8 +297,8 @@ def find_place(url: str) -> Place:
         store = open_store(found[1] or ".")
         there = store.exists(champion_key(found[2])) or store.keys(f"models/{found[2]}/versions")
         if there or not open_store(trimmed).keys("models"):
-            return _champion_of(store, found[2])
-    return _champion_of(open_store(trimmed), DEFAULT_MODEL)
+            return _champion_of(store, found[2], url)
+    return _champion_of(open_store(trimmed), DEFAULT_MODEL, url)
 
 
 def open_model(url: str) -> Served:
@@ -336,8 +339,8 @@ def check_version(place: Place) -> None:
         )
 
 
-def _champion_of(store: Store, model: str) -> Place:
-    champion = require_champion(store, model)
+def _champion_of(store: Store, model: str, asked: str) -> Place:
+    champion = require_champion(store, model, asked)
     return Place(store, champion.run_id, require_version(store, model, champion.version))
 
 

@@ -36,7 +36,7 @@ from pipeline.predictions import read_predictions
 from pipeline.progress import Now, OnEpoch, OnNow
 from pipeline.promotion import Comparison, PromoteConfig
 from pipeline.publish import Published
-from pipeline.recipe import TrainConfig, TuneConfig, encode_recipe
+from pipeline.recipe import RecipeConfig, TrainConfig, TuneConfig, encode_recipe
 from pipeline.record import (
     RunDataset,
     RunRecord,
@@ -86,13 +86,18 @@ class RunConfig(PromoteConfig, ClusterConfig, TrainConfig, LoadConfig, DataConfi
     )
 
 
-class TuneRunConfig(TuneConfig, ClusterConfig, TrainConfig, DataConfig):
+class TuneRunConfig(TuneConfig, ClusterConfig, RecipeConfig, DataConfig):
     """All parameters of a search."""
 
     workers: Workers = Field(
         AUTO,
         description="Trials at a time, from 1 to 10000; each has a process of its own. auto is one for each GPU of "
         "this machine, or else two, or one on a single core; on a cluster it is two.",
+    )
+    ray_address: str | None = Field(
+        None,
+        description="Ray cluster to search on: auto or host:port connects to it, from one of its machines. A local Ray "
+        "is started if not given.",
     )
     validation_fraction: float = Field(
         0.1, gt=0, le=0.5, description="Part of each class's training images to judge the trials by."
@@ -324,9 +329,11 @@ def _run_id(config: RunConfig) -> str:
 
 
 def _require_same(begun: dict[str, Any], now: dict[str, Any]) -> None:
+    # Of two files the values decide, which are parameters too.
+    decided = {"recipe"} if RECIPES.keys().isdisjoint((begun.get("recipe"), now["recipe"])) else set()
     for name, value in now.items():
         # A parameter that there was not when the run was begun has no value to keep.
-        if name in begun and name not in MAY_CHANGE and begun[name] != value:
+        if name in begun and name not in MAY_CHANGE | decided and begun[name] != value:
             raise ConfigError(
                 name,
                 value,

@@ -72,6 +72,7 @@ class S3Store(Store):
         botocore.exceptions.TokenRetrievalError,
     )
     _failed = (OSError, botocore.exceptions.BotoCoreError, aiohttp.ClientError)  # aiohttp's: bodies that break off
+    _missing_remedy = "the bucket, the key and storage"
     _access_remedy = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE and its login"
     _reach_remedy = "AWS_ENDPOINT_URL and that the server is up"
 

@@ -154,12 +154,16 @@ class Store:
             yield self.read(key) if self.exists(key) else None
         raise StorageError(f"{self.locate(key)}: changed under every one of {ATTEMPTS} attempts; run again")
 
-    def check_writable(self) -> None:
+    def check_writable(self, parameter: str = "storage") -> None:
         """Create, read and delete a small object, so that a store out of reach, or one that knows no conditional
-        writes, is found before any work starts."""
+        writes, is found before any work starts. The error is about the parameter that named the store."""
         key = f".probe-{uuid.uuid4().hex}"
-        self.keep(key, b"lenet-pipeline")
-        self.delete(key)
+        try:
+            self.keep(key, b"lenet-pipeline")
+            self.delete(key)
+        except StorageError as error:
+            what = str(error).removeprefix(f"{self.locate(key)}: ")  # a key of ours, which says nothing to anybody
+            raise StorageError(f"{parameter}={str(self)!r}: {what}", may_pass=error.may_pass) from error
 
     def _put(self, key: str, data: bytes) -> None:
         raise NotImplementedError
@@ -176,8 +180,8 @@ class Store:
         where = self.locate(key)
         try:
             yield
-        except FileNotFoundError as error:
-            remedy = "check the bucket, the key and storage"
+        except (FileNotFoundError, NotADirectoryError) as error:
+            remedy = f"check {self._missing_remedy}"
             raise StorageError(f"{where}: not found ({_short(error)}); {remedy}", may_pass=False) from error
         except self._denied as error:
             remedy = f"check {self._access_remedy}"
@@ -188,6 +192,7 @@ class Store:
 
     _denied: tuple[type[Exception], ...] = (PermissionError,)
     _failed: tuple[type[Exception], ...] = (OSError,)
+    _missing_remedy = "that the store's folder is there, or can be made"
     _access_remedy = "the folder's owner and mode"
     _reach_remedy = "the disk"
 
@@ -253,7 +258,7 @@ class LocalStore(Store):
                 if error.errno not in NO_LINKS:
                     raise
                 raise StorageError(
-                    f"{self.root}: its file system makes no hard links ({_short(error)}), by which an object is "
+                    f"{self.locate(key)}: its file system makes no hard links ({_short(error)}), by which an object is "
                     "created once; use a folder on another, or s3://bucket/prefix",
                     may_pass=False,
                 ) from error

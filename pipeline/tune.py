@@ -1,7 +1,7 @@
 """Searching a recipe's hyperparameters with Ray Tune: many trials, the poor ones ended early, judged on validation.
 
-A trial trains in one process. As training does not depend on the number of workers, what is best there is best for a
-run of any size, and a cluster is used better by one trial on each core than by all cores on one trial.
+A trial trains in one process. As batches do not depend on the number of workers, what is best there is best for a run
+of any size, and a cluster is used better by one trial on each core than by all cores on one trial.
 """
 
 import logging

@@ -5,6 +5,7 @@ training images and the test images looked at, once a training, after its end.
 """
 
 import json
+import math
 import platform
 import statistics
 import tempfile
@@ -53,7 +54,7 @@ def main(
     """Measure and write the tables."""
     found: dict[str, Any] = json.loads(results.read_text()) if results.exists() else {}
     source = open_source(fetch(SourceConfig()))
-    cluster = ClusterConfig(workers=1, gpu="no")  # any number gives the same
+    cluster = ClusterConfig(workers=1, gpu="no")  # any number has the same batches
     with tempfile.TemporaryDirectory() as temporary, ray_session(cluster):
         store = open_store(temporary)
         held_out = write_shards(store, source, ShardConfig(validation_fraction=1 / 6))
@@ -90,11 +91,16 @@ def part_name(part: str, epochs: int) -> str:
 
 def report(found: dict[str, Any], seeds: int, ablation_epochs: int, recipes: list[str]) -> str:
     """The tables as Markdown."""
-    rows = []
+    rows, chance = [], ""
     for recipe in recipes:
         accuracy = [found[f"{recipe} {seed}"]["accuracy"] for seed in range(seeds)]
         seconds = [found[f"{recipe} {seed}"]["seconds"] for seed in range(seeds)]
         spread = statistics.stdev(accuracy) if seeds > 1 else 0.0
+        if recipe == "modern" and spread:
+            chance = (
+                f" Two trainings that nothing but chance tells apart differ by more than\n"
+                f"{2 * math.sqrt(2) * spread:.3f} once in twenty times, as the standard deviation of `modern` says."
+            )
         rows.append(
             f"| {recipe} | {TrainConfig(recipe=recipe).resolved().epochs} | {statistics.mean(accuracy):.4f} | "
             f"{spread:.4f} | {min(accuracy):.4f} to {max(accuracy):.4f} | {statistics.median(seconds):.0f} |"
@@ -104,8 +110,8 @@ def report(found: dict[str, Any], seeds: int, ablation_epochs: int, recipes: lis
     ablation = f"""
 ## What each part of `modern` is worth
 
-One training of {ablation_epochs} epochs for each, on 50,000 images; accuracy on the 10,000 held out. One seed:
-differences below 0.003 say little.
+One training of {ablation_epochs} epochs for each, on 50,000 images; accuracy on the 10,000 held out.
+One seed.{chance}
 
 | | validation accuracy |
 | --- | --- |

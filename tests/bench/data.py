@@ -68,6 +68,14 @@ def shard_ray_data(source: Source, folder: Path) -> None:
     ray.data.from_numpy(np.array_split(images, 8)).write_parquet(str(folder))
 
 
+SHARDERS = {
+    "sharding, ours": shard_ours,
+    "sharding, Hugging Face": shard_huggingface,
+    "sharding, Hugging Face from bytes": shard_huggingface_bytes,
+    "sharding, Ray Data": shard_ray_data,
+}
+
+
 def read_ours(config: dict[str, Any]) -> None:
     """A worker of ours: the seconds of every epoch of reading alone."""
     context = ray.train.get_context()
@@ -182,25 +190,25 @@ def main(
         manifest = write_shards(open_store(store), source, ShardConfig())
         shards = [f"{store}/{manifest.folder}/{shard.name}" for shard in manifest.splits["train"]]
         for number in range(rounds):
-            for sharder in (shard_ours, shard_huggingface, shard_huggingface_bytes, shard_ray_data):
+            for name, sharder in SHARDERS.items():
                 started = time.perf_counter()
                 sharder(source, root / f"{sharder.__name__}-{number}")
-                note(f"{sharder.__name__}, s", time.perf_counter() - started)
+                note(f"{name}, s", time.perf_counter() - started)
             note("read back, GB/s", manifest.pixel_bytes("train") / 1e9 / statistics.median(read_back(store, manifest)))
             for loading in ("resident", "streaming"):
                 config = {"store": store, "manifest": manifest, "loading": loading, "result": str(root / "result")}
                 found = on_workers(read_ours, config, {})
-                note(f"{loading}, images/s", IMAGES / statistics.median(found["seconds"]))
+                note(f"reading, {loading}, images/s", IMAGES / statistics.median(found["seconds"]))
                 if loading == "resident":
-                    note("resident, the load before, s", found["loading"])
+                    note("reading, resident, the load before, s", found["loading"])
             table = ray.data.read_parquet(shards, columns=["image", "label"])
             decoded = table.map_batches(unpacked, batch_format="pyarrow", zero_copy_batch=True)
             found = on_workers(read_ray_data, {"result": str(root / "result")}, {"train": decoded})
-            note("Ray Data, images/s", IMAGES / statistics.median(found["seconds"]))
-            note("DataLoader, images/s", IMAGES / statistics.median(read_torchvision(root)))
+            note("reading, Ray Data, images/s", IMAGES / statistics.median(found["seconds"]))
+            note("reading, DataLoader, images/s", IMAGES / statistics.median(read_torchvision(root)))
             for loading in ("resident", "streaming"):
                 rates = train(store, manifest, loading, f"{loading}-{number}")
-                note(f"training {loading}, images/s", statistics.median(rates))
+                note(f"training, {loading}, images/s", statistics.median(rates))
     text = report(measured, rounds)
     output.write_text(text)
     print(text)
@@ -217,19 +225,23 @@ def report(measured: dict[str, list[float]], rounds: int) -> str:
     def ratio(above: str, *below: str) -> list[float]:
         return [a / max(b) for a, *b in zip(measured[above], *(measured[name] for name in below), strict=True)]
 
-    faster = [min(pair) for pair in zip(measured["shard_huggingface, s"], measured["shard_ray_data, s"], strict=True)]
-    readers = ("Ray Data, images/s", "DataLoader, images/s")
-    sharding = [theirs / ours for theirs, ours in zip(faster, measured["shard_ours, s"], strict=True)]
+    faster = [
+        min(pair) for pair in zip(measured["sharding, Hugging Face, s"], measured["sharding, Ray Data, s"], strict=True)
+    ]
+    readers = ("reading, Ray Data, images/s", "reading, DataLoader, images/s")
+    sharding = [theirs / ours for theirs, ours in zip(faster, measured["sharding, ours, s"], strict=True)]
     lines = [row(name, values) for name, values in measured.items()]
     lines += [
         row("sharding: the faster of Hugging Face and Ray Data over ours", sharding),
         row(
             "sharding: Hugging Face from bytes packed by hand over ours",
-            ratio("shard_huggingface_bytes, s", "shard_ours, s"),
+            ratio("sharding, Hugging Face from bytes, s", "sharding, ours, s"),
         ),
-        row("reading: resident over the faster of the two", ratio("resident, images/s", *readers)),
-        row("reading: streaming over the faster of the two", ratio("streaming, images/s", *readers)),
-        row("training: streaming over resident", ratio("training streaming, images/s", "training resident, images/s")),
+        row("reading: resident over the faster of the two", ratio("reading, resident, images/s", *readers)),
+        row("reading: streaming over the faster of the two", ratio("reading, streaming, images/s", *readers)),
+        row(
+            "training: streaming over resident", ratio("training, streaming, images/s", "training, resident, images/s")
+        ),
     ]
     return f"""\
 # The data plane's speed

@@ -6,6 +6,7 @@ rounds of the textbook loop on the GPU, its steps on images that are there alrea
 
 import itertools
 import os
+import re
 import signal
 import statistics
 import sys
@@ -207,10 +208,12 @@ def report(
         f"| {name} | {rate(training):,.0f} | {training.history[-1].held_out_accuracy:.4f} |"
         for name, training in {"modern": modern[0], **others}.items()
     )
+    [pinned] = re.findall(r"^torch==(.+)$", (ROOT / "requirements.lock").read_text(), re.MULTILINE)
     return f"""\
 # On a GPU
 
-Written by `make gpu-check` on one {torch.cuda.get_device_name()} and {os.cpu_count()} cores, torch {torch.__version__}.
+Written by `make gpu-check` on one {torch.cuda.get_device_name()} and {os.cpu_count()} cores, torch {torch.__version__};
+requirements.lock has torch {pinned}.
 
 The first {STEPS} steps' losses were as far as this from the CPU's in float32, at most, and the host did not wait for
 the GPU in any step after the first. Augmented images are the CPU's.
@@ -231,7 +234,7 @@ the way, it had the same weights, to the bit.
 Against plain PyTorch on the same GPU, alternating; images/s are of the seed recipe with batches of {BATCH}. The
 textbook loop has a DataLoader with two processes; its steps on images that are there have all of them on the GPU
 ([tests/bench/textbook.py](../tests/bench/textbook.py)). Of both the fastest epoch counts. `lenet train` is timed from
-process start to published report, and its images/s are the median of its ten epochs.
+its process's start to its end, and its images/s are the median of its ten epochs.
 
 | n = {len(whole)} | median | range |
 | --- | --- | --- |

@@ -179,13 +179,14 @@ Written by `make bench`: {rounds} rounds, each the textbook loop and then `lenet
 {platform.processor() or platform.machine()} with {torch.get_num_threads()} cores and no GPU, torch {torch.__version__}.
 
 The textbook loop is torchvision's Fashion-MNIST with ToTensor and a DataLoader with two processes
-([tests/bench/textbook.py](../tests/bench/textbook.py)), timed without its imports. `lenet train` is timed from process
-start to published report: Prefect, Ray, download check, sharding, {epochs} epochs, evaluation and publishing. Ray
-Train's way is its own Fashion-MNIST example with this LeNet: `prepare_data_loader`, `prepare_model`, two workers. The
-matrix product is torch's of 2048 x 2048 float32 on all cores; training takes 2.4 million operations for each image.
+([tests/bench/textbook.py](../tests/bench/textbook.py)), timed without its imports. `lenet train` is timed from its
+process's start to its end: Prefect, Ray, download check, sharding, {epochs} epochs, evaluation and publishing. Images/s
+are the median of the epochs. Ray Train's way is its own Fashion-MNIST example with this LeNet:
+`prepare_data_loader`, `prepare_model`, two workers. The matrix product is torch's of
+2048 x 2048 float32 on all cores; training takes 2.4 million operations for each image.
 (On AMD's processors torch's product does not use AVX-512, which the convolutions do: they can be faster than it.)
 Processes with nothing in common compute the gradient and no more, with no Ray beside them: two workers can't gain more.
-While `lenet train` trains, in some 6 s, it also imports what comes after, 2 s of a core, which two workers have to
+While `lenet train` trains, in some 7 s, it also imports what comes after, 2 s of a core, which two workers have to
 share and one has not; of training alone, [scaling.md](scaling.md) has two workers over one.
 
 | n = {rounds} | median | range |

@@ -34,6 +34,7 @@ from tests.infra.stack import Running
 
 DEPLOYMENT = "train-lenet/train-lenet"
 AT_ONCE = 10
+LONG = 400  # epochs, which are not over when another worker comes
 PATIENCE_S = 900
 
 
@@ -135,14 +136,14 @@ def scheduled(drill: Drill) -> str:
         if done:
             late = datetime.fromisoformat(done[0]["start_time"]) - anchor
             drill.running.prefect("deployment", "schedule", "clear", DEPLOYMENT, "--accept-yes")
-            return f"{completed(done[0])}, begun {late.total_seconds():.0f} s after its time"
+            return f"{completed(done[0])}, begun {round(late.total_seconds())} s after its time"
         time.sleep(1)
     raise RuntimeError("the schedule did not fire, or its run did not complete")
 
 
 def orphaned(drill: Drill) -> str:
     """A machine with a Prefect worker that is gone, and the flow's process with it: nobody is left to say so."""
-    drill.run("epochs=400", "run_id=orphaned", watch=False)
+    drill.run(f"epochs={LONG}", "run_id=orphaned", watch=False)
     wait_for(lambda: drill.store.keys(f"{staging('orphaned')}/{PROGRESS}"), PATIENCE_S)
     for process in drill.running.processes():
         if "flows.engine" in process.cmdline() or "worker" in process.cmdline():
@@ -263,7 +264,9 @@ def main() -> None:
         drill.step("a run, with `--watch`", lambda: completed(drill.run("epochs=2", "run_id=first")))
         drill.step("a run with other parameters", second)
         drill.step("a schedule, fired once", lambda: scheduled(drill))
-        drill.step("Prefect's worker and the flow's process killed", lambda: orphaned(drill))
+        drill.step(
+            f"Prefect's worker and the flow's process killed, in a run of {LONG} epochs", lambda: orphaned(drill)
+        )
         drill.step("the same run twice at once", lambda: twice(drill))
         drill.step(f"{AT_ONCE} runs of 600 images at once", lambda: ten(drill, few_images(folder / "few")))
         drill.step("the report, read back from S3", read_back)

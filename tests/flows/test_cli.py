@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from flows.cli import main
+from pipeline.recipe import RECIPE_VALUES
+from pipeline.run import RunConfig
 
 
 def lenet(*arguments: str) -> int:
@@ -56,7 +58,16 @@ def assert_one_line(capsys: pytest.CaptureFixture[str], message: str) -> None:
         ("--storage ftp://x/y", "storage='ftp://x/y': the store is a folder, file:///path or s3://bucket/prefix;", 2),
         ("--storage s3://key:secret@bucket", "storage='s3://…@bucket': credentials do not belong in a URL;", 2),
         ("--storage /etc/passwd", "storage='/etc/passwd': is a file; name a folder, or s3://bucket/prefix", 2),
-        ("--storage /dev/null/store", "/dev/null/store/.probe-", 1),
+        (
+            "--storage /dev/null/store",
+            "storage='/dev/null/store': not found (Not a directory); check that the store's folder is there, or can",
+            1,
+        ),
+        (
+            "--storage /proc/store",
+            "storage='/proc/store': not found (No such file or directory); check that the store's folder is there, or",
+            1,
+        ),
         ("--ray-address 127.0.0.1:9", "ray_address='127.0.0.1:9': no Ray cluster answers there (", 1),
         ("--ray-address nonsense", "ray_address='nonsense': no Ray cluster answers there (", 1),
     ],
@@ -68,12 +79,33 @@ def test_a_mistake_gives_one_line_and_an_exit_code(
     assert_one_line(capsys, message)
 
 
-def test_help_shows_every_parameter_with_its_bounds(capsys: pytest.CaptureFixture[str]) -> None:
-    assert lenet("train", "--help") == 0
-    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    assert "--epochs Passes over the training set. Takes a number from 1 to 10000." in text
-    assert "--storage" in text
+def help_of(command: str, capsys: pytest.CaptureFixture[str]) -> str:
+    """The command's help on one line, without its frame."""
+    assert lenet(command, "--help") == 0
+    return " ".join(capsys.readouterr().out.replace("│", " ").split())
+
+
+def test_help_shows_every_parameter_with_its_bounds_and_what_it_is_if_not_given(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    text = help_of("train", capsys)
+    assert "--epochs Passes over the training set. Takes a number from 1 to 10000. The recipe's own if" in text
+    assert "--shift Pixels by which to shift training images at most. Takes a number from 0 to 16. The recipe's" in text
+    assert text.count("The recipe's own if not given.") == len(RECIPE_VALUES & RunConfig.model_fields.keys())
+    assert "--gpu Give each worker a GPU: yes, no, or auto (" in text
+    assert "choices:" not in text, "it says so twice"
     assert "[default: ./store]" in text
+    assert "[default: 0.1667]" in text
+    assert "None" not in text
+
+
+def test_tunes_help_offers_what_a_search_does(capsys: pytest.CaptureFixture[str]) -> None:
+    text = help_of("tune", capsys)
+    assert "--vary What to vary: lr, global_batch_size, " in text
+    assert "Give it several times to vary several. [default: lr]" in text
+    for absent in ("empty-vary", "--checkpoint", "http://host", "Ray job"):
+        assert absent not in text, absent
+    assert "--ray-address Ray cluster to search on: auto or host:port" in text
 
 
 def test_layers_prints_the_table_with_its_total(capsys: pytest.CaptureFixture[str]) -> None:
@@ -98,6 +130,7 @@ def test_a_store_without_runs_says_so(capsys: pytest.CaptureFixture[str], tmp_pa
     [
         ("tune --workers 1000", "workers=1000: Ray has room for ", 2),
         ("tune --trials 0", "trials=0: it should be greater than or equal to 1; use a number from 1 to 10000", 2),
+        ("tune --vary lr --checkpoint-steps 5", "Unknown option: --checkpoint-steps.", 2),
         ("tune --vary colour", 'Invalid value "colour" for --vary', 2),
         (
             "tune --output tuned.yaml",

@@ -109,7 +109,9 @@ def test_a_persons_own_folder_of_pictures(lenet: Lenet, tmp_path: Path, small_sp
         (["verify"], "no dataset is there; make one with: lenet data prepare"),
         (["show", "fashion-mnist"], "dataset='fashion-mnist': "),
         (["show", "fashion-mnist", "--output", "x.gif"], "output='x.gif': "),
-        (["show", "fashion-mnist", "--samples", "0"], "samples=0: "),
+        (["show", "fashion-mnist", "--samples", "0"], 'Invalid value "0" for --samples. Must be >= 1.'),
+        (["show", "fashion-mnist", "--samples", "101"], 'Invalid value "101" for --samples. Must be <= 100.'),
+        (["show", "fashion-mnist", "--samples", "9.6"], '"9.6" is no whole number'),
         (["lst"], "lst"),
     ],
 )

@@ -3,6 +3,7 @@
 import io
 import logging
 import os
+from collections.abc import Iterator
 
 import pytest
 from rich.console import Console
@@ -24,11 +25,21 @@ def metrics(number: int) -> EpochMetrics:
                         held_out_accuracy=0.35, seconds=2.0, images_per_second=30_000.0, world_size=2)  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def as_in_a_new_process() -> Iterator[None]:
+    """Loggers tell of warnings only."""
+    loggers = {name: logging.getLogger(name) for name in ("pipeline", "flows", "flows.train", "now")}
+    levels = {name: logger.level for name, logger in loggers.items()}
+    for logger in loggers.values():
+        logger.setLevel(logging.NOTSET)
+    yield
+    for name, level in levels.items():
+        loggers[name].setLevel(level)
+
+
 def shown(console: Console) -> str:
     """All that was written while two of three epochs went by."""
     log = logging.getLogger("flows.train")
-    for name in ("flows.train", "now"):
-        logging.getLogger(name).setLevel(logging.INFO)
     with Display(console):
         logging.getLogger("pipeline.shards").warning("16 shards %s", "verified")
         now = Now(epoch=1, step=60, steps=240, loss=2.1, accuracy=0.25, images_per_second=1000.0)
@@ -57,7 +68,6 @@ def test_epochs_are_drawn_in_a_terminal_and_listed_elsewhere(console: Console) -
 
 def test_an_epoch_that_is_told_again_is_drawn_once(console: Console) -> None:
     log = logging.getLogger("flows.train")
-    log.setLevel(logging.INFO)
     with Display(console) as display:
         for number in (1, 2, 1, 2, 3):
             log.info("epoch %d of 3: %s", number, metrics(number), extra={"epoch": metrics(number), "epochs": 3})
@@ -67,8 +77,6 @@ def test_an_epoch_that_is_told_again_is_drawn_once(console: Console) -> None:
 def test_all_that_moves_is_seen_in_a_small_terminal() -> None:
     file = io.StringIO()
     console = Console(file=file, force_terminal=True, width=80, height=24)
-    for name in ("flows.train", "now"):
-        logging.getLogger(name).setLevel(logging.INFO)
     with Display(console):
         for number in range(1, 51):
             logging.getLogger("flows.train").info("", extra={"epoch": metrics(number), "epochs": 60})
@@ -86,7 +94,6 @@ def test_all_that_moves_is_seen_in_a_small_terminal() -> None:
 def test_what_is_left_of_an_interrupted_training_says_that_more_was_to_come() -> None:
     file = io.StringIO()
     log = logging.getLogger("flows.train")
-    log.setLevel(logging.INFO)
     with Display(Console(file=file, force_terminal=True, width=100)):
         log.info("", extra={"epoch": metrics(1), "epochs": 3})
         file.seek(0)

@@ -58,6 +58,7 @@ def test_a_fresh_run_is_verified_and_an_altered_one_is_not(
     lines = lenet("verify", trained_store).splitlines()
     assert lines[-1] == f"verified: {trained_store}"
     assert len([line for line in lines if line.startswith("ok  ")]) == 6
+    assert lenet("verify", "--storage", trained_store).splitlines() == lines
     store = open_store(trained_store)
     key = f"{run_folder('r')}/model.onnx"
     whole = store.read(key)

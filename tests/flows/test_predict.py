@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from cyclopts import App
+from cyclopts import App, CycloptsError
 from PIL import Image
 from prefect.client.orchestration import get_client
 from rich.console import Console
@@ -16,7 +16,7 @@ from lenet.recipe import RECIPES
 from pipeline.artifacts import artifact_of
 from pipeline.batch import PredictConfig
 from pipeline.checkpoint import encode_model
-from pipeline.errors import ConfigError, DataError, PipelineError
+from pipeline.errors import ConfigError, DataError
 from pipeline.predict import predict_pictures
 from pipeline.publish import RunManifest
 from pipeline.registry import open_model, promote_by_hand, register
@@ -68,6 +68,8 @@ def test_a_line_for_each_picture(store: Path, pictures: list[Path], capsys: pyte
         first, next_ = (prediction.probabilities.index(value) for value in (likeliest, second))
         assert line[:3] == [str(path), "abcdefghij"[first], f"{likeliest:.4f}"]
         assert line[3:] == ["abcdefghij"[next_], f"{second:.4f}"]
+    lenet(*pictures, "--top", "2", "--storage", "store")  # as other commands name it
+    assert [line.split("\t") for line in capsys.readouterr().out.splitlines()] == lines
     lenet(pictures[0], "--invert", "yes", "--model", store / "runs" / "some-run", "--top", "99")
     (line,) = capsys.readouterr().out.splitlines()
     (inverted,) = predict_pictures(open_model(str(store)), pictures[:1], "yes")
@@ -97,7 +99,17 @@ def test_a_table_on_a_terminal(
         (["none.png"], ConfigError, "images='none.png': no such file; name a PNG or JPEG"),
         (["store"], ConfigError, "images='store': a folder; name the pictures in it"),
         (["plain.png", "bad.png"], DataError, "bad.png: neither PNG nor JPEG; give a whole PNG or JPEG"),
-        (["plain.png", "--model", "elsewhere"], PipelineError, "elsewhere"),
+        (["plain.png", "--top", "2.6"], CycloptsError, '"2.6" is no whole number'),
+        (
+            ["plain.png", "--model", "lenet"],
+            ConfigError,
+            "model='lenet': there is no store with a model; name the store, e.g. ./store, or ./store/models/NAME",
+        ),
+        (
+            ["plain.png", "--model", "./store/models/mine"],
+            ConfigError,
+            "model='./store/models/mine': there is no champion of mine; name models/lenet in it",
+        ),
     ],
 )
 def test_a_mistake_costs_a_line(

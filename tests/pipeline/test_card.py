@@ -48,6 +48,12 @@ def test_the_forms_take_images_of_the_shape_that_the_card_states(report: Report,
     assert session.run(["logits"], {"images": images})[0].shape == (2, len(report.evaluation.classes))
 
 
+def test_data_of_ones_own_has_no_home_page(report: Report) -> None:
+    assert f"| home page | {report.dataset.homepage} |" in render_card(report, 28)
+    own = report.dataset.model_copy(update={"homepage": ""})
+    assert "home page" not in render_card(report.model_copy(update={"dataset": own}), 28)
+
+
 @pytest.mark.parametrize("hostile", HOSTILE)
 def test_nobodys_text_becomes_markup(report: Report, hostile: str) -> None:
     classes = [metrics.model_copy(update={"name": hostile}) for metrics in report.evaluation.classes]

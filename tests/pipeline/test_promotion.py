@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.metrics import Verdict
-from pipeline.promotion import Comparison, PromoteConfig, compare, first, incomparable, render_decision
+from pipeline.promotion import Comparison, PromoteConfig, compare, first, incomparable, render_decision, shown_p
 from tests.pipeline.conftest import judge
 
 NAMES = ("shirt", "shoe", "bag")
@@ -46,11 +46,28 @@ def test_a_plain_gain_is_promoted_with_its_figures() -> None:
 
 
 @pytest.mark.parametrize(
+    ("p", "shown"),
+    [(1.0, "p = 1"), (0.0456, "p = 0.046"), (1e-12, "p = 1e-12"), (9e-13, "p < 1e-12"), (0.0, "p < 1e-12")],
+)
+def test_a_p_is_never_shown_as_0(p: float, shown: str) -> None:
+    assert shown_p(p) == shown
+
+
+def test_a_gain_whose_exact_test_is_rounded_to_0_is_no_certainty() -> None:
+    found = compare(PromoteConfig(), "champion", verdict(1200), verdict(0), 0, 1200)
+    assert found.p == 0
+    assert found.reasons == ["it recognises 1200 images more, p < 1e-12"]
+    assert "1200 images are right in this one alone, 0 in the champion alone, p < 1e-12." in render_decision("m", found)
+
+
+@pytest.mark.parametrize(
     ("old", "new", "alone", "config", "reason"),
     [
         (verdict(60), verdict(60), (20, 20), {}, "it recognises as many images as the champion"),
         (verdict(60), verdict(65), (25, 20), {}, "it recognises 5 images fewer than the champion"),
         (verdict(60), verdict(54), (20, 26), {}, "such a gain comes by chance with p = 0.461, and max_p is 0.05"),
+        (verdict(60), verdict(50), (2, 12), {"max_p": 1e-4}, "such a gain comes by chance with p = 0.0129, and max_p"),
+        (verdict(60), verdict(20), (0, 40), {"max_p": 1e-13}, "such a gain comes by chance with p = 1.82e-12, and"),
         (verdict(100), verdict(60), (10, 50), {"min_gain": 0.04}, "it gains 0.0333 and min_gain is 0.04"),
         (verdict(100), verdict(60), (10, 50), {"promote": False}, "promote is off for this run"),
         (verdict(100), verdict(80, of=1), (60, 80), {"max_p": 1}, "F1 of shoe falls from 0.91"),

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from lenet.augment import Augment
 from lenet.recipe import RECIPES, Recipe
-from pipeline.recipe import TrainConfig, encode_recipe, find_recipe, varied
+from pipeline.recipe import RecipeConfig, TrainConfig, encode_recipe, find_recipe, varied
 
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
@@ -25,7 +25,7 @@ def test_what_is_given_takes_the_place_of_the_recipes_own() -> None:
 
 def test_every_value_of_a_recipe_can_be_given() -> None:
     fields = {*vars(RECIPES["seed"]), *vars(Augment())} - {"name", "augment"}
-    assert fields <= TrainConfig.model_fields.keys()
+    assert fields <= RecipeConfig.model_fields.keys()
 
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)

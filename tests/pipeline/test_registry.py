@@ -259,7 +259,7 @@ def test_a_store_may_have_any_name_and_be_where_we_are(
 def test_a_bucket_may_be_named_models(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
     monkeypatch.setattr("pipeline.registry.open_store", lambda url: asked.append(url) or open_store("nowhere"))
-    with pytest.raises(ConfigError, match="there is no champion of lenet"):
+    with pytest.raises(ConfigError, match="^model='s3://models/prefix': there is no store with a model; name"):
         find_place("s3://models/prefix")
     assert asked == ["s3://models/prefix"]
 
@@ -267,8 +267,10 @@ def test_a_bucket_may_be_named_models(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_url_with_nothing_there_says_so(store: Store, published: list[str]) -> None:
     with pytest.raises(ConfigError, match="there is no champion of lenet; train one"):
         open_model(store.url)
-    with pytest.raises(ConfigError, match="there is no champion of mine"):
+    with pytest.raises(ConfigError, match=f"^model='{store.url}/models/mine': there is no champion of mine; train one"):
         open_model(f"{store.url}/models/mine")
+    with pytest.raises(ConfigError, match=f"^model='{store.url}/no': there is no store with a model; name the store, "):
+        open_model(f"{store.url}/no")
     with pytest.raises(DataError, match="/runs/nobody: no published run; lenet runs lists them"):
         find_place(f"{store.url}/runs/nobody")
     assert find_place(f"{store.url}/runs/{published[0]}/model.safetensors").run_id == published[0]

@@ -97,6 +97,18 @@ def test_the_page_holds_the_run_in_numbers() -> None:
     assert sum(tag == "table" for tag, _ in page.tags) == sum(tag == "caption" for tag, _ in page.tags) == 11
 
 
+def test_a_p_that_the_exact_test_rounds_to_0_is_shown_as_small() -> None:
+    report = a_report()
+    sure = report.comparison.model_copy(update={"p": 0.0})
+    page = Page(render_html(report.model_copy(update={"comparison": sure}), PIXELS))
+    assert "McNemar's exact test gives p < 1e-12." in page.text
+
+
+def test_data_of_ones_own_has_no_home_page() -> None:
+    assert "Home page https://example.org/data" in Page(render_html(a_report(), PIXELS)).text
+    assert "Home page" not in Page(render_html(a_report(homepage=""), PIXELS)).text
+
+
 @pytest.mark.parametrize("hostile", HOSTILE)
 def test_no_text_becomes_markup(hostile: str) -> None:
     page = Page(render_html(a_report(names=[hostile, "b", "c"], text=hostile), PIXELS))

@@ -139,6 +139,23 @@ def test_the_record_has_all_of_a_recipe_whose_file_is_gone(tmp_path: Path) -> No
     assert run.parameters_of(read_record(open_store(str(tmp_path)), "other"))["recipe"] == "modern"
 
 
+def test_a_run_goes_on_with_its_recipes_file_by_another_path_but_not_with_other_values(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = {"storage": "store", "workers": 1, "recipe": "mine.json"}
+    for name in ("mine.json", "moved.json"):
+        Path(name).write_bytes(encode_recipe(varied(RECIPES["seed"], {"lr": 0.5})))
+    Path("other.json").write_bytes(encode_recipe(RECIPES["seed"]))
+    run.begin(config_of(given), "r")
+    for same in ("./mine.json", str(tmp_path / "mine.json"), "moved.json"):
+        run.begin(config_of(given | {"recipe": same}), "r")
+    with pytest.raises(ConfigError, match=r"^lr=0\.9: run r was begun with 0\.5; keep that, or use another run_id$"):
+        run.begin(config_of(given | {"recipe": "other.json"}), "r")
+    with pytest.raises(ConfigError, match=r"^recipe='seed': run r was begun with 'mine\.json'; keep that"):
+        run.begin(config_of(given | {"recipe": "seed", "lr": 0.5}), "r")
+
+
 def test_the_record_names_the_code_and_the_packages(tmp_path: Path) -> None:
     run.begin(config_of({"storage": str(tmp_path)}), "r")
     record = read_record(open_store(str(tmp_path)), "r")

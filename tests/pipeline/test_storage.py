@@ -259,7 +259,8 @@ def test_wrong_credentials_are_named_by_every_operation(s3_store: Store, monkeyp
     for name, operation in OPERATIONS.items():
         started = time.monotonic()
         message = refusal(lambda operation=operation: operation(refused))
-        assert message.startswith(f"{s3_store.url}/"), name
+        asked = name == "check_writable"
+        assert message.startswith(f"storage='{s3_store.url}': " if asked else f"{s3_store.url}/k: "), name
         assert "access denied" in message
         assert message.endswith("check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE and its login")
         assert time.monotonic() - started < 25
@@ -312,7 +313,8 @@ def test_a_login_that_is_due_is_one_line(
 def test_a_missing_bucket_is_named(s3_env: dict[str, str], operation: str) -> None:
     missing = open_store("s3://no-such-bucket/prefix")
     message = refusal(lambda: OPERATIONS[operation](missing))
-    assert message.startswith("s3://no-such-bucket/prefix/")
+    asked = operation == "check_writable"
+    assert message.startswith("storage='s3://no-such-bucket/prefix': " if asked else "s3://no-such-bucket/prefix/k: ")
     assert "check the bucket" in message
 
 
@@ -324,7 +326,8 @@ def test_a_dead_endpoint_is_named_by_every_operation(s3_env: dict[str, str], mon
     for name, operation in OPERATIONS.items():
         started = time.monotonic()
         message = refusal(lambda operation=operation: operation(dead))
-        assert message.startswith("s3://bucket/prefix/"), name
+        asked = name == "check_writable"
+        assert message.startswith("storage='s3://bucket/prefix': " if asked else "s3://bucket/prefix/k: "), name
         assert message.endswith("check AWS_ENDPOINT_URL and that the server is up")
         assert time.monotonic() - started < 25
 

@@ -126,8 +126,14 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path, operation: str) -
     (tmp_path / "file").write_bytes(b"")
     below = open_store(str(tmp_path / "file" / "store"))
     message = refusal(lambda: OPERATIONS[operation](below))
-    assert message.startswith(f"{tmp_path}/file/store/")
-    assert message.endswith("; check the disk")
+    where = f"storage='{tmp_path}/file/store'" if operation == "check_writable" else f"{tmp_path}/file/store/k"
+    assert message == f"{where}: not found (Not a directory); check that the store's folder is there, or can be made"
+
+
+def test_whoever_gave_the_folder_by_another_parameter_hears_of_that(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    message = refusal(lambda: open_store(str(tmp_path / "file" / "out")).check_writable("output"))
+    assert message.startswith(f"output='{tmp_path}/file/out': not found (Not a directory); check ")
 
 
 def test_a_folder_that_cannot_be_looked_into_is_not_taken_for_empty(local_store: Store) -> None:
