@@ -31,8 +31,8 @@ def predict(
         images: The pictures.
         model: Which model: a store (the champion of its model lenet), or in one models/NAME, models/NAME/versions/N
             or runs/ID.
-        invert: Exchange light and dark: auto (of pictures on a light background), yes or no. Models know light
-            objects on black, unless yours learned from pictures of your own that are not.
+        invert: Exchange light and dark: auto (of what is on a light background; but a model that was trained on
+            pictures of your own takes these as it took those), yes or no. Models of the catalogue know light on black.
         top: How many of the likeliest classes to show.
     """
     for image in images:

@@ -54,8 +54,8 @@ class PredictConfig(BaseModel):
     )
     invert: Invert = Field(
         "auto",
-        description="Exchange light and dark in pictures: auto (in those on a light background), yes or no. Raw pixels "
-        "are taken as they are.",
+        description="Exchange light and dark in pictures: auto (of what is on a light background; but a model that was "
+        "trained on pictures of your own takes these as it took those), yes or no. Raw pixels are taken as they are.",
     )
     workers: int = Field(
         2, ge=1, le=MAX_WORKERS, description="Processes that predict, each on a CPU; fewer if other work has the CPUs."
@@ -130,7 +130,7 @@ def predict_batch(config: PredictConfig) -> BatchReport:
     output.check_writable("output")
     if cluster.by_job:
         return _report(jobs.run_job(str(cluster.ray_address), _work(output, config, served, content)))
-    job = Job(feed.store, output, served, config.image_column, config.invert, content)
+    job = Job(feed.store, output, served, config.image_column, served.form(config.invert), content)
     changed = False
     try:
         predicted = scorer.predict_units(job, feed, cluster)
@@ -182,8 +182,8 @@ def _is_inside(output: Store, source: Store) -> bool:
 
 def _content(config: PredictConfig, served: Served, feed: Feed) -> str:
     """A name for what is predicted, by which model and how."""
-    made_of = [FORMAT_VERSION, feed.digest, [unit.rows for unit in feed.units], config.image_column, config.invert]
-    return sha256(repr([*made_of, served.place, served.model_sha256]).encode())[:16]
+    made_of = [FORMAT_VERSION, feed.digest, [unit.rows for unit in feed.units], config.image_column]
+    return sha256(repr([*made_of, served.form(config.invert), served.place, served.model_sha256]).encode())[:16]
 
 
 def _work(output: Store, config: PredictConfig, served: Served, content: str) -> jobs.Work[BatchManifest]:

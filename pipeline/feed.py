@@ -27,7 +27,7 @@ from pipeline.errors import ConfigError, DataError, StorageError, first_line
 from pipeline.idx import Pixels
 from pipeline.own import THREADS, check_inside, shown
 from pipeline.pictures import MAX_PIXELS, SUFFIXES
-from pipeline.predict import Invert, prepare_batch
+from pipeline.predict import Form, prepare_batch
 from pipeline.storage import LocalStore, Store, open_store
 from pipeline.tables import BUFFER, IMAGES_ACCEPTED, is_encoded, is_raw
 
@@ -111,7 +111,7 @@ def source_digest(source: str) -> str:
     return _survey(source)[-1]
 
 
-def read_unit(store: Store, unit: Unit, column: str, size: int, invert: Invert, pool: Executor) -> Iterator[Slice]:
+def read_unit(store: Store, unit: Unit, column: str, size: int, form: Form, pool: Executor) -> Iterator[Slice]:
     """The images of a unit, a few in memory at a time. Raises DataError for a file that is torn."""
     if not unit.groups:
 
@@ -121,7 +121,7 @@ def read_unit(store: Store, unit: Unit, column: str, size: int, invert: Invert, 
             return store.read(key)
 
         for keys in _chunks(unit.keys, READ_PICTURES):
-            images, bad = prepare_batch(pool, keys, read, size, invert)
+            images, bad = prepare_batch(pool, keys, read, size, form)
             yield Slice(list(keys), np.zeros(len(keys), np.uint64), images, bad)
         return
     (key,) = unit.keys
@@ -132,13 +132,13 @@ def read_unit(store: Store, unit: Unit, column: str, size: int, invert: Invert, 
             READ_PICTURES if encoded else READ_PIXELS, row_groups=list(unit.groups), columns=[column], use_threads=False
         )
         for values in _to_its_end(store, key, batches):
-            images, bad = read_column(values.column(0), size, invert, pool)
+            images, bad = read_column(values.column(0), size, form, pool)
             rows = np.arange(row, row + len(images), dtype=np.uint64)
             yield Slice([key] * len(images), rows, images, bad)
             row += len(images)
 
 
-def read_column(values: Any, size: int, invert: Invert, pool: Executor) -> tuple[Pixels, dict[int, str]]:
+def read_column(values: Any, size: int, form: Form, pool: Executor) -> tuple[Pixels, dict[int, str]]:
     """Images uint8 (n, size, size) of an Arrow array of encoded pictures, prepared, or of raw pixels, as they are; and
     by index what is wrong with those that are none, which are black."""
     if pa.types.is_struct(values.type):
@@ -147,7 +147,7 @@ def read_column(values: Any, size: int, invert: Invert, pool: Executor) -> tuple
         values = values.storage
     wrong = {int(index): "null" for index in np.flatnonzero(values.is_null().to_numpy(zero_copy_only=False))}
     if is_encoded(values.type):
-        images, bad = prepare_batch(pool, values, lambda value: value.as_py() or b"", size, invert)
+        images, bad = prepare_batch(pool, values, lambda value: value.as_py() or b"", size, form)
         return images, bad | wrong
     if not pa.types.is_fixed_size_binary(values.type):
         lengths = pc.list_value_length(values).fill_null(0).to_numpy(zero_copy_only=False)

@@ -37,7 +37,11 @@ _one_large = threading.Lock()
 
 def decode_picture(encoded: Path | bytes, size: int) -> Pixels:
     """Grey pixels uint8 (size, size) of a PNG or JPEG, in a file or in memory. Raises DataError with the reason."""
-    grey = open_picture(encoded)
+    return stretched(open_picture(encoded), size)
+
+
+def stretched(grey: Image.Image, size: int) -> Pixels:
+    """Pixels uint8 (size, size) of a grey image, height and width resized each by itself."""
     if grey.size != (size, size):
         grey = grey.resize((size, size), Image.Resampling.BILINEAR)  # Pillow widens the filter when it shrinks
     return np.asarray(grey, dtype=np.uint8)

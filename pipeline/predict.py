@@ -17,12 +17,15 @@ from pydantic import BaseModel, ConfigDict
 from pipeline.errors import DataError
 from pipeline.idx import Pixels
 from pipeline.own import BATCH, THREADS, Batch, shown
-from pipeline.pictures import MAX_PIXELS, MIDDLE, decode_batch, open_picture
+from pipeline.pictures import MAX_PIXELS, MIDDLE, decode_batch, open_picture, stretched
 
 if TYPE_CHECKING:
     from pipeline.registry import Served
 
 Invert = Literal["auto", "yes", "no"]
+# As pictures were made into what the model was trained on, if it was trained on pictures.
+AS_TRAINED: Literal["as trained"] = "as trained"
+Form = Literal[Invert, "as trained"]
 Name = TypeVar("Name")
 Probabilities = npt.NDArray[np.float64]
 LONGEST = math.isqrt(MAX_PIXELS)
@@ -54,7 +57,7 @@ def predict_pictures(served: "Served", paths: Sequence[Path], invert: Invert = "
 
     def prepare(path: Path) -> Prepared:
         try:
-            return prepare_picture(path, size, invert)
+            return prepare_picture(path, size, served.form(invert))
         except DataError as error:
             raise DataError(f"{shown(str(path))}: {error}; give a whole PNG or JPEG") from None
 
@@ -82,20 +85,23 @@ def probabilities(logits: npt.NDArray[np.float32]) -> Probabilities:
     return np.asarray(softmax(logits.astype(np.float64), axis=1))
 
 
-def prepare_picture(encoded: Path | bytes, size: int, invert: Invert = "auto") -> Prepared:
+def prepare_picture(encoded: Path | bytes, size: int, form: Form = "auto") -> Prepared:
     """A PNG or JPEG, in a file or in memory, as a model takes it. Raises DataError with the reason it cannot be read.
 
     It is turned as EXIF says, grey, padded to a square with its background and resized. What is on a light background
-    has light and dark exchanged; `invert` says yes or no to that for all. With "no", and the size of the model, a
-    picture is what `pipeline.pictures.decode_picture` makes of it.
+    has light and dark exchanged; `form` says yes or no to that for all. With "no", and the size of the model, a picture
+    is what `pipeline.pictures.decode_picture` makes of it; with "as trained" it is that in any size.
     """
-    grey = open_picture(encoded, lift=invert == "auto")
+    grey = open_picture(encoded, lift=form == "auto")
+    before = None if grey.size == (size, size) else (grey.height, grey.width)
+    if form == AS_TRAINED:
+        return Prepared(stretched(grey, size), False, before)
     pixels = np.asarray(grey, np.uint8)
     ring = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
     background = float(np.median(ring))
     # A light border is a light background, but for 2 of Fashion-MNIST's 70,000 images.
-    inverted = invert == "yes" or (invert == "auto" and background > MIDDLE)
-    if grey.size == (size, size):
+    inverted = form == "yes" or (form == "auto" and background > MIDDLE)
+    if before is None:
         return Prepared(_inverted(pixels) if inverted else pixels, inverted, None)
     if max(grey.size) > LONGEST:  # to square one that is 200,000 pixels long takes 40 GB
         width, height = (max(1, length * LONGEST // max(grey.size)) for length in grey.size)
@@ -105,15 +111,13 @@ def prepare_picture(encoded: Path | bytes, size: int, invert: Invert = "auto") -
     square.paste(grey, ((side - grey.width) // 2, (side - grey.height) // 2))
     # Pillow widens the filter when it shrinks.
     resized = np.asarray(square.resize((size, size), Image.Resampling.BILINEAR), np.uint8)
-    return Prepared(_inverted(resized) if inverted else resized, inverted, (pixels.shape[0], pixels.shape[1]))
+    return Prepared(_inverted(resized) if inverted else resized, inverted, before)
 
 
-def prepare_batch(
-    pool: Executor, names: Sequence[Name], read: Callable[[Name], bytes], size: int, invert: Invert
-) -> Batch:
+def prepare_batch(pool: Executor, names: Sequence[Name], read: Callable[[Name], bytes], size: int, form: Form) -> Batch:
     """Pictures uint8 (n, size, size), read and prepared side by side; those that are none are black, and named by index
     with the reason. As many as there are threads are in memory as they were read."""
-    return decode_batch(pool, names, size, lambda name, size: prepare_picture(read(name), size, invert).image)
+    return decode_batch(pool, names, size, lambda name, size: prepare_picture(read(name), size, form).image)
 
 
 def _inverted(pixels: Pixels) -> Pixels:

@@ -26,9 +26,12 @@ from pipeline.errors import ConfigError, DataError
 from pipeline.evaluate import Evaluation
 from pipeline.idx import Pixels
 from pipeline.metrics import Logits
+from pipeline.pictures import CONVERSION
+from pipeline.predict import AS_TRAINED, Form, Invert
 from pipeline.predictions import Predictions, read_predictions
 from pipeline.promotion import Comparison, PromoteConfig, compare, first, incomparable
 from pipeline.publish import Headline, read_report, require_run, run_folder
+from pipeline.shards import find_manifest
 from pipeline.storage import Store, open_store, sha256
 
 log = logging.getLogger(__name__)
@@ -90,6 +93,11 @@ class Served:
     model_sha256: str
     model: LeNet
     url: str  # of the same, whoever is the champion later
+    of_pictures: bool = False  # it was trained on what pipeline.pictures makes of pictures
+
+    def form(self, invert: Invert) -> Form:
+        """How to make a picture what the model was trained on, if that is asked of it."""
+        return AS_TRAINED if self.of_pictures and invert == "auto" else invert
 
     def predict(self, images: Pixels) -> Logits:
         """Logits float32 (b, n_classes) of images uint8 (b, height, width)."""
@@ -306,6 +314,7 @@ def open_model(url: str) -> Served:
     place = find_place(url)
     manifest = require_run(place.store, place.run_id)
     check_version(place)
+    dataset = find_manifest(place.store, manifest.dataset_folder)
     artifact = manifest.artifacts[SAFETENSORS]
     data = read_checked(place.store, f"{run_folder(place.run_id)}/{SAFETENSORS}", artifact)
     return Served(
@@ -317,6 +326,7 @@ def open_model(url: str) -> Served:
         model_sha256=artifact.sha256,
         model=decode_model(data),
         url=place.url,
+        of_pictures=dataset is not None and CONVERSION.keys() <= dataset.conversion.keys(),
     )
 
 
@@ -363,7 +373,23 @@ def _judge(
     except DataError as error:  # what is wrong with it is no reason not to publish others
         return incomparable(name, f"the champion cannot be read ({error})")
     mine = _right(predictions())
-    return compare(config, name, old, evaluation, int((theirs & ~mine).sum()), int((mine & ~theirs).sum()))
+    found = compare(config, name, old, evaluation, int((theirs & ~mine).sum()), int((mine & ~theirs).sum()))
+    if found.promoted and (version := _taken_back(store, champion, evaluation.candidate_sha256)):
+        why = f"it is, byte for byte, version {version}, which was taken back, so promote it by hand if it should be"
+        return found.model_copy(update={"promoted": False, "reasons": [why]})
+    return found
+
+
+def _taken_back(store: Store, champion: Champion, model_sha256: str) -> int | None:
+    """The version with these weights that was champion once and is not, nor is any that came after it."""
+    for change in champion.changes:
+        run = None
+        if change.version != champion.version:
+            with contextlib.suppress(DataError):  # gone, or damaged
+                run = find_run(store, change.run_id)
+        if run is not None and run.artifacts[SAFETENSORS].sha256 == model_sha256:
+            return change.version
+    return None
 
 
 def _right(parts: Iterator[Predictions]) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:

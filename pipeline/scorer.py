@@ -26,7 +26,7 @@ from pipeline.errors import ClusterError, DataError, StorageError, restored
 from pipeline.feed import Feed, Slice, Unit, read_unit
 from pipeline.metrics import Logits
 from pipeline.own import THREADS
-from pipeline.predict import Invert, probabilities
+from pipeline.predict import Form, probabilities
 from pipeline.registry import Served
 from pipeline.storage import LocalStore, Store, sha256
 
@@ -62,7 +62,7 @@ class Job:
     output: Store
     served: Served
     image_column: str
-    invert: Invert
+    form: Form
     content: str
 
     @property
@@ -175,7 +175,7 @@ class Scorer:
         job, held, files = self.job, list[tuple[Slice, Logits]](), 0
         with ThreadPoolExecutor(THREADS) as pool:
             size = job.served.image_shape[0]
-            for found in read_unit(job.source, unit, job.image_column, size, job.invert, pool):
+            for found in read_unit(job.source, unit, job.image_column, size, job.form, pool):
                 held.append((found, job.served.predict(found.images)))
                 if sum(len(logits) for _, logits in held) >= FILE_ROWS:
                     yield self._write(f"{unit.number:06d}-{files:03d}.parquet", held)

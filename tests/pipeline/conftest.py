@@ -215,9 +215,10 @@ def trained(
     """Function that leaves the receipts of a run in a store, its weights untrained or those of a model given."""
 
     def make(
-        store: Store, run_id: str, finished: datetime = FINISHED, seed: int = 0, model: LeNet | None = None
-    ) -> Receipts:
-        manifest = small_manifest(store)
+        store: Store, run_id: str, finished: datetime = FINISHED, seed: int = 0, model: LeNet | None = None,
+        manifest: Manifest | None = None,
+    ) -> Receipts:  # fmt: skip
+        manifest = manifest or small_manifest(store)
         model = model or RECIPES["seed"].build_model(10, seed)
         candidate = encode_model(model)
         key = f"{staging(run_id)}/candidate.safetensors"

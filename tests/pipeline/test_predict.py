@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,13 +16,21 @@ from scipy.special import softmax
 
 from lenet.model import LeNet
 from pipeline.errors import DataError
+from pipeline.feed import find_feed
 from pipeline.idx import Pixels
 from pipeline.pictures import decode_picture
 from pipeline.predict import predict_pictures, prepare_picture, probabilities
-from pipeline.registry import Served
+from pipeline.predictions import read_predictions
+from pipeline.registry import Served, open_model
+from pipeline.scorer import Job, Scorer
+from pipeline.sharding import ShardConfig, write_shards
+from pipeline.source import Source
+from pipeline.storage import Store, open_store
+from pipeline.train import staging
 
 if TYPE_CHECKING:
     from tests.conftest import Splits
+    from tests.pipeline.conftest import Receipts
 
 
 @pytest.fixture(scope="session")
@@ -208,6 +218,34 @@ def test_photos_on_white_are_recognised_like_the_images(served: Served, small_sp
     plain = int((served.predict(images).argmax(axis=1) == labels).sum())
     assert plain > 70
     assert right >= plain - 3
+
+
+@pytest.mark.parametrize("wide", [True, False])
+def test_a_model_of_pictures_takes_pictures_as_it_was_trained_and_evaluated_on_them(
+    local_store: Store, trained: Callable[..., "Receipts"], bring: Callable[..., Source], good_models: list[LeNet],
+    small_splits: "Splits", tmp_path: Path, wide: bool,
+) -> None:  # fmt: skip
+    for split, count in (("train", 60), ("test", 30)):
+        for row, (image, label) in enumerate(zip(*small_splits[split], strict=True)):
+            if row < count:
+                path = tmp_path / "photos" / split / str(label) / f"{row:02}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(255 - image).resize((56 if wide else 28, 28)).save(path)
+    manifest = write_shards(local_store, bring(tmp_path / "photos"), ShardConfig())
+    left = trained(local_store, "r", model=good_models[-1], manifest=manifest)
+    left.publish(local_store)
+    served = open_model(f"{local_store.url}/runs/r")
+    (kept,) = read_predictions(local_store, staging("r"), left.evaluation.predictions)
+    paths = sorted((tmp_path / "photos" / "test").glob("*/*.png"))
+    found = predict_pictures(served, paths)
+    np.testing.assert_allclose([one.probabilities for one in found], probabilities(kept.logits), atol=1e-6)
+    assert {(one.inverted, one.resized_from) for one in found} == {(False, (28, 56) if wide else None)}
+    feed = find_feed(str(tmp_path / "photos" / "test"), "image", 28)
+    job = Job(feed.store, open_store(str(tmp_path / "out")), served, "image", served.form("auto"), "0" * 16)
+    (part,) = Scorer(job).answer(feed.units[0]).parts
+    table = pq.read_table(pa.BufferReader(job.output.read(f"{job.folder}/{part.name}")))
+    assert np.array_equal(table["predicted"], kept.predicted)
+    assert all(one.inverted for one in predict_pictures(served, paths, "yes"))  # it can be overruled
 
 
 def test_probabilities_of_large_logits_are_finite() -> None:
