@@ -19,16 +19,9 @@ from pipeline.config import config_of
 from pipeline.errors import DataError
 from pipeline.index import INDEX, refresh_index, write_index
 from pipeline.publish import copy_run
-from pipeline.registry import (
-    DEFAULT_MODEL,
-    check_version,
-    find_champion,
-    find_decision,
-    find_place,
-    list_models,
-    list_versions,
-)
+from pipeline.registry import find_champion, find_decision, list_models, list_versions
 from pipeline.retention import RetentionConfig
+from pipeline.served import DEFAULT_MODEL, check_version, find_place
 from pipeline.storage import open_store
 from pipeline.strays import find_strays, remove
 
@@ -99,9 +92,11 @@ def verify(url: Published) -> None:
         url: A run's folder (STORE/runs/ID), a version (STORE/models/NAME/versions/N), a model (STORE/models/NAME: its
             champion) or a store (the champion of lenet).
     """
-    for line in pipeline.verify.verify(url):
-        print(f"ok  {line}", flush=True)
-    print(f"verified: {url}")
+    doubt = ""
+    for found in pipeline.verify.verify(url):
+        print(found, flush=True)
+        doubt = found.open_to_doubt and f", but for {found.open_to_doubt}"
+    print(f"verified{doubt}: {url}")
 
 
 def export(url: Published, output: Path) -> None:

@@ -14,7 +14,7 @@ from flows.options import DEFAULT_STORAGE, whole
 from pipeline.errors import ConfigError
 from pipeline.own import shown
 from pipeline.predict import Invert, Prediction, predict_pictures
-from pipeline.registry import open_model
+from pipeline.served import open_model
 
 
 def predict(

@@ -18,8 +18,8 @@ from pipeline.documents import find_document
 from pipeline.errors import ConfigError, DataError, PipelineError
 from pipeline.feed import Feed, find_feed, source_digest
 from pipeline.predict import Invert
-from pipeline.registry import Served, open_model
 from pipeline.scorer import PREDICTIONS, RECEIPTS, Job, Part, Predicted
+from pipeline.served import Served, open_model
 from pipeline.storage import LocalStore, Store, open_store, sha256
 
 log = logging.getLogger(__name__)

@@ -48,6 +48,11 @@ def render_card(report: Report, side: int) -> str:
                 "name": report.dataset.name,
                 "version, sha256": report.dataset.digest,
                 **{f"{split} images": f"{rows:,}" for split, rows in report.dataset.rows.items()},
+                **{
+                    f"{split} images that are training images too": f"{count:,}"
+                    for split, count in (report.dataset.duplicates or {}).items()
+                    if count
+                },
                 "licence": report.dataset.licence,
                 **({"home page": report.dataset.homepage} if report.dataset.homepage else {}),
             }
@@ -116,6 +121,8 @@ def _classes(evaluation: Evaluation) -> str:
             f"{m.f1_interval.low:.3f} to {m.f1_interval.high:.3f}",
             f"{m.support:,}",
         )
+        if m.support
+        else (m.name, *"––––", "0")
         for m in evaluation.classes
     )
     return _rows(head, rows)

@@ -20,7 +20,7 @@ from pipeline.own import BATCH, THREADS, Batch, shown
 from pipeline.pictures import MAX_PIXELS, MIDDLE, decode_batch, open_picture, stretched
 
 if TYPE_CHECKING:
-    from pipeline.registry import Served
+    from pipeline.served import Served
 
 Invert = Literal["auto", "yes", "no"]
 # As pictures were made into what the model was trained on, if it was trained on pictures.

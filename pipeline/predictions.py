@@ -72,6 +72,8 @@ def decode_predictions(data: bytes) -> Predictions:
     """What `encode_predictions` wrote. Raises DataError for another file, and for a class that is not the logits'."""
     try:
         table = pq.read_table(pa.BufferReader(data)).combine_chunks()
+        if not all(table[name].type == pa.uint8() and not table[name].null_count for name in ("label", "predicted")):
+            raise DataError("its labels or classes are no bytes")
         rows, labels, predicted = (table[name].to_numpy() for name in ("row_id", "label", "predicted"))
         values = table["logits"].combine_chunks()
         logits = values.flatten().to_numpy().reshape(len(rows), -1)  # ValueError for no rows

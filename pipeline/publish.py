@@ -34,6 +34,7 @@ from pipeline.train import Training, staging
 log = logging.getLogger(__name__)
 
 FORMAT_VERSION = 2
+REPORT, PAGE = "report.json", "report.html"
 EVENTS = "events.out.tfevents.lenet"  # TensorBoard looks for tfevents
 CARD = "README.md"  # where model hubs look for it
 LATEST = "runs/latest.json"
@@ -129,18 +130,21 @@ def publish(
     store.put(f"{staging(run_id)}/publishing.json", b"{}")
     if find_run(store, run_id) is None:
         artifacts = _copy_evaluated(store, run_id, evaluation)
-        report = _report(store, run_id, parameters, versions, lineage, manifest, training, evaluation, comparison)
-        mistakes, _ = pick_rows(store, manifest, "test", [mistake.row for mistake in evaluation.mistakes])
+        # Of several attempts at the same run, the first has said what page and card are to say.
+        said = _report(store, run_id, parameters, versions, lineage, manifest, training, evaluation, comparison)
+        key = f"{folder}/{REPORT}"
+        kept = {REPORT: store.keep(key, said.model_dump_json(indent=2).encode())}
+        report = parse_document(store, key, Report, kept[REPORT])
+        mistakes, _ = pick_rows(store, manifest, "test", [mistake.row for mistake in report.evaluation.mistakes])
         rendered = {
-            EVENTS: render_events(training.history),
-            "report.json": report.model_dump_json(indent=2).encode(),
-            "report.html": render_html(report, list(mistakes)).encode(),
+            EVENTS: render_events(report.history),
+            PAGE: render_html(report, list(mistakes)).encode(),
             CARD: render_card(report, manifest.image_shape[0]).encode(),
         }
-        kept = {name: store.keep(f"{folder}/{name}", data) for name, data in rendered.items()}
+        kept |= {name: store.keep(f"{folder}/{name}", data) for name, data in rendered.items()}
         artifacts |= {name: artifact_of(data) for name, data in kept.items()}
-        # Events hold the time. Other code may have begun to publish, or have come to the disk since this was loaded.
-        alike = all(kept[name] == rendered[name] for name in rendered if name != EVENTS)
+        # Other code may have begun to publish, or have come to the disk since this was loaded.
+        alike = all(kept[name] == rendered[name] for name in (PAGE, CARD))
         made_by = code_of_pages() if alike and code_of_pages() == code_on_disk() else ""
         content = RunManifest(
             format_version=FORMAT_VERSION,
@@ -195,8 +199,8 @@ def verify_run(store: Store, run_id: str) -> RunManifest:
 
 def read_report(store: Store, run_id: str) -> Report:
     """The report of a published run. DataError for a run that is not published, and one from before format 2."""
-    key = f"{run_folder(run_id)}/report.json"
-    return parse_document(store, key, Report, read_checked(store, key, _artifacts(store, run_id)["report.json"]))
+    key = f"{run_folder(run_id)}/{REPORT}"
+    return parse_document(store, key, Report, read_checked(store, key, _artifacts(store, run_id)[REPORT]))
 
 
 def headline_of(report: Report) -> Headline:

@@ -28,7 +28,8 @@ CURVES = ("train_loss", "train_accuracy", "held_out_loss", "held_out_accuracy", 
 
 
 class DatasetFacts(BaseModel):
-    """Which data: name, version digest (sha256, hex), rows by split, licence and homepage."""
+    """Which data: name, version digest (sha256, hex), rows by split, licence and homepage; how many images of a
+    held-out split are training images too, None of runs from before that was told."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -37,6 +38,7 @@ class DatasetFacts(BaseModel):
     rows: dict[str, int]
     licence: str
     homepage: str
+    duplicates: dict[str, int] | None = None
 
 
 class Report(BaseModel):
@@ -77,6 +79,7 @@ def facts_of(manifest: Manifest) -> DatasetFacts:
         rows={split: manifest.rows(split) for split in manifest.splits},
         licence=manifest.licence,
         homepage=manifest.homepage,
+        duplicates=manifest.report.duplicates,
     )
 
 

@@ -5,11 +5,12 @@ import uuid
 from pydantic import BaseModel, ConfigDict
 
 from pipeline import run
+from pipeline.artifacts import SAFETENSORS
 from pipeline.config import config_of
 from pipeline.errors import DataError
 from pipeline.evaluate import load_model
 from pipeline.progress import OnEpoch, OnNow
-from pipeline.publish import find_run
+from pipeline.publish import RunManifest, find_run, run_folder
 from pipeline.record import RunDataset, dataset_of, keep_dataset, read_record
 from pipeline.storage import Store
 from pipeline.train import Training, find_training, staging
@@ -40,10 +41,15 @@ def reproduce(
     on_now: OnNow = lambda now: None,
 ) -> Reproduction:
     """Train with the parameters, the data and the number of workers of a run, under a name of its own, which is
-    forgotten afterwards. DataError for a run whose training has not finished."""
+    forgotten afterwards. DataError for a run whose training has not finished, or whose published model is another."""
     training = find_training(store, run_id)
     if training is None:
         raise DataError(f"{store.locate(staging(run_id))}: no finished training; lenet runs lists the runs")
+    published = find_run(store, run_id)
+    if published is not None and published.artifacts[SAFETENSORS].sha256 != training.candidate_sha256:
+        raise DataError(
+            f"{store.locate(run_folder(run_id))}: its model is not the one that the run has trained; do not use it"
+        )
     record = read_record(store, run_id)
     again = f"{run_id[: NAME_LENGTH - 15]}-again-{uuid.uuid4().hex[:8]}"
     given = run.parameters_of(record) | {
@@ -53,7 +59,7 @@ def reproduce(
         "ray_address": ray_address,
     }
     try:
-        if dataset := dataset_of(store, run_id) or _published_dataset(store, run_id):
+        if dataset := dataset_of(store, run_id) or _published_dataset(published):
             keep_dataset(store, again, dataset)  # so it is read from the store, whatever has become of the source
         config = run.begin(config_of(given, run.RunConfig), again)
         manifest = run.shard(config, run.download(config))
@@ -84,9 +90,8 @@ def _places(training: Training) -> dict[str, str]:
     return {"device": training.device, "workers": " and ".join(map(str, sorted(counts)))}
 
 
-def _published_dataset(store: Store, run_id: str) -> RunDataset | None:
+def _published_dataset(published: RunManifest | None) -> RunDataset | None:
     """Of runs of before they kept it, what was published says it."""
-    published = find_run(store, run_id)
     if published is None or not published.dataset_folder:
         return None
     return RunDataset(folder=published.dataset_folder, digest=published.dataset_digest)

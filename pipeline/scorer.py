@@ -27,7 +27,7 @@ from pipeline.feed import Feed, Slice, Unit, read_unit
 from pipeline.metrics import Logits
 from pipeline.own import THREADS
 from pipeline.predict import Form, probabilities
-from pipeline.registry import Served
+from pipeline.served import Served
 from pipeline.storage import LocalStore, Store, sha256
 
 log = logging.getLogger(__name__)

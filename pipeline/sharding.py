@@ -191,6 +191,10 @@ def _write_version(store: Store, source: Source, folder: str, config: ShardConfi
     )
     manifest = manifest.model_copy(update={"digest": digest_of(manifest)})
     store.keep(f"{folder}/manifest.json", manifest.model_dump_json(indent=2).encode())
+    for split, count in report.duplicates.items():
+        if count:
+            said = "%s: of %s %s images %s are training images too, pixel by pixel; to know these proves little"
+            log.warning(said, facts.dataset, f"{manifest.rows(split):,}", split, f"{count:,}")
     try:
         store.delete(f"{folder}/{RECEIPTS}")
     except StorageError as error:

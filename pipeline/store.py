@@ -160,7 +160,11 @@ class Store:
         key = f".probe-{uuid.uuid4().hex}"
         try:
             self.keep(key, b"lenet-pipeline")
+            ignored = self.create(key, b"written over")
             self.delete(key)
+            if ignored:
+                what = "the server does not mind If-None-Match, by which nothing that is published is written over"
+                raise StorageError(f"{what}; use one that does, as AWS and SeaweedFS", may_pass=False)
         except StorageError as error:
             what = str(error).removeprefix(f"{self.locate(key)}: ")  # a key of ours, which says nothing to anybody
             raise StorageError(f"{parameter}={str(self)!r}: {what}", may_pass=error.may_pass) from error

@@ -8,7 +8,7 @@ follow from these and are not proven; `pipeline.reproduce` trains again.
 import math
 from collections.abc import Iterator
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,6 +22,8 @@ from pipeline.predictions import decode_predictions, digest_of_rows, prediction_
 from pipeline.publish import (
     CARD,
     FORMAT_VERSION,
+    PAGE,
+    REPORT,
     RunManifest,
     code_of_pages,
     headline_of,
@@ -29,19 +31,27 @@ from pipeline.publish import (
     run_folder,
     verify_run,
 )
-from pipeline.registry import check_version, find_place
 from pipeline.report import Report, facts_of, render_html
+from pipeline.served import check_version, find_place
 from pipeline.shards import Manifest, pick_rows, require_manifest
 from pipeline.storage import Store
-
-PAGE = "report.html"
 
 # Sums of the same numbers in another order, or by another release of numpy.
 RELATIVE = 1e-9
 
 
-def verify(url: str) -> Iterator[str]:
-    """Prove the run or version at a URL; a line for each thing that holds, as soon as it does.
+class Found(NamedTuple):
+    """What was looked at, in a line; `open_to_doubt` names what of it could not be compared."""
+
+    line: str
+    open_to_doubt: str = ""
+
+    def __str__(self) -> str:
+        return f"{'--' if self.open_to_doubt else 'ok'}  {self.line}"
+
+
+def verify(url: str) -> Iterator[Found]:
+    """Prove the run or version at a URL; something found for each thing that holds, as soon as it does.
 
     Raises DataError at the first that does not, with the object and what is wrong with it.
     """
@@ -49,13 +59,13 @@ def verify(url: str) -> Iterator[str]:
     store, run_id = place.store, place.run_id
     check_version(place)
     if place.version is not None:
-        yield f"{place}: its manifest is the one that was registered"
+        yield Found(f"{place}: its manifest is the one that was registered")
     run = verify_run(store, run_id)
     if run.format_version < FORMAT_VERSION:
         raise DataError(f"run {run_id}: published in format {run.format_version}, without predictions; run it again")
-    if missing := {*FORMS, PAGE, CARD, "report.json"} - run.artifacts.keys():
+    if missing := {*FORMS, PAGE, CARD, REPORT} - run.artifacts.keys():
         raise DataError(f"{store.locate(run_folder(run_id))}: its manifest names no {min(missing)}; do not use the run")
-    yield f"{len(run.artifacts)} objects have the size and sha256 that the manifest says"
+    yield Found(f"{len(run.artifacts)} objects have the size and sha256 that the manifest says")
     report = read_report(store, run_id)
     dataset = require_manifest(store, run.dataset_folder)
     if dataset.digest != run.dataset_digest:
@@ -68,12 +78,12 @@ def verify(url: str) -> Iterator[str]:
         drawn = {"f1_by": True, "classes": {"__all__": {"f1_interval"}}}
     _require_equal(store, run, report.evaluation.model_dump(exclude=drawn), verdict.model_dump(exclude=drawn))
     _require_facts(store, run, report, dataset)
-    yield (
+    yield Found(
         f"report.json: every figure of accuracy follows from the predictions, accuracy {verdict.accuracy:.4f} first"
         f"{', but for the intervals of F1, which were drawn' if drawn else ''}"
     )
-    yield _predict_again(store, run, dataset, report)
-    yield f"{', '.join(FORMS)} are one model: logits within {TOLERANCE:g}"
+    yield Found(_predict_again(store, run, dataset, report))
+    yield Found(f"{', '.join(FORMS)} are one model: logits within {TOLERANCE:g}")
     yield _render_again(store, run, dataset, report)
 
 
@@ -87,6 +97,7 @@ def _require_same_run(store: Store, run: RunManifest, report: Report, dataset: M
         ("dataset", report.evaluation.dataset_digest, run.dataset_digest),
         ("set of test images", report.evaluation.test_digest, run.test_digest),
         ("model", report.evaluation.candidate_sha256, run.artifacts[SAFETENSORS].sha256),
+        ("a run that finished at", report.finished, run.finished),
     ):
         if here != there:
             raise DataError(f"{where}: is the report of {what} {here}, the manifest is of {there}; do not use the run")
@@ -117,7 +128,10 @@ def _require_facts(store: Store, run: RunManifest, report: Report, dataset: Mani
     """That the report says of dataset and model what they are."""
     model = load_model(store, f"{run_folder(run.run_id)}/{SAFETENSORS}", run.artifacts[SAFETENSORS].sha256)
     layers = [asdict(row) for row in layer_table(model, dataset.image_shape[0])]
-    found = {"dataset": facts_of(dataset).model_dump(), "layers": layers}
+    facts = facts_of(dataset)
+    if report.dataset.duplicates is None:  # of before they were told
+        facts = facts.model_copy(update={"duplicates": None})
+    found = {"dataset": facts.model_dump(), "layers": layers}
     _require_equal(store, run, report.model_dump(include=set(found)), found)
 
 
@@ -184,14 +198,15 @@ def _undecided(logits: Logits) -> int:
     return int((first - second <= 2 * TOLERANCE * np.maximum(np.abs(logits).max(axis=1), 1)).sum())
 
 
-def _render_again(store: Store, run: RunManifest, dataset: Manifest, report: Report) -> str:
+def _render_again(store: Store, run: RunManifest, dataset: Manifest, report: Report) -> Found:
     """Have page and card made of the report again. Other versions of this code may make others of it."""
     mistakes, _ = pick_rows(store, dataset, "test", [mistake.row for mistake in report.evaluation.mistakes])
     again = {PAGE: render_html(report, list(mistakes)), CARD: render_card(report, dataset.image_shape[0])}
     other = [name for name, text in again.items() if artifact_of(text.encode()) != run.artifacts[name]]
     if not other:
-        return f"{PAGE} and {CARD} say what report.json says"
+        return Found(f"{PAGE} and {CARD} say what report.json says")
     if run.made_by != code_of_pages():
-        return f"{' and '.join(other)}: not compared, other versions than these here have written the run"
+        names = " and ".join(other)
+        return Found(f"{names}: not compared, other versions than these here have written the run", names)
     where = store.locate(f"{run_folder(run.run_id)}/{other[0]}")
     raise DataError(f"{where}: is not what report.json gives; it was edited, do not use the run")

@@ -120,6 +120,22 @@ def test_a_run_done_again_gives_the_same_bytes_and_leaves_nothing(lenet: Lenet, 
     assert open_store(trained_store).keys("") == before
 
 
+def test_a_published_model_that_is_not_the_one_trained_is_not_done_again(
+    trained_store: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = open_store(str(tmp_path / "copy"))
+    shutil.copytree(trained_store, store.root)
+    found = json.loads(store.read("runs/r/manifest.json"))
+    found["artifacts"]["model.safetensors"]["sha256"] = "0" * 64
+    store.put("runs/r/manifest.json", json.dumps(found).encode())
+    with pytest.raises(SystemExit) as left:
+        main(["reproduce", "r", "--storage", store.url])
+    assert left.value.code == 1
+    assert re.search(
+        r"^lenet: \S+/runs/r: its model is not the one that the run has trained; do", capsys.readouterr().err
+    )
+
+
 def test_a_run_that_is_not_the_same_again_is_told_with_all_that_was_other(
     trained_store: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -19,7 +19,8 @@ from pipeline.checkpoint import encode_model
 from pipeline.errors import ConfigError, DataError
 from pipeline.predict import predict_pictures
 from pipeline.publish import RunManifest
-from pipeline.registry import open_model, promote_by_hand, register
+from pipeline.registry import promote_by_hand, register
+from pipeline.served import open_model
 from pipeline.storage import open_store
 
 if TYPE_CHECKING:

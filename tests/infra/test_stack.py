@@ -32,8 +32,8 @@ from pipeline.batch import read_manifest
 from pipeline.checkpoint import FILE_NAME, read_state
 from pipeline.progress import PROGRESS
 from pipeline.publish import read_latest, verify_run
-from pipeline.registry import open_model
 from pipeline.run import RunConfig
+from pipeline.served import open_model
 from pipeline.storage import Store, open_store
 from pipeline.train import find_training, staging
 from tests.conftest import wait_for

@@ -286,3 +286,17 @@ def model(
         promote_by_hand(first, "lenet", register(first, "lenet", "good-run").version)
 
     return prepared("a good run", open_store(str(tmp_path / "models")), make).url
+
+
+@pytest.fixture
+def published(
+    store: Store, prepared: Callable[..., Store], trained: Callable[..., Receipts], good_models: list[LeNet]
+) -> list[str]:
+    """Runs r0 to r3 in a store, each better than the one before."""
+
+    def make(first: Store) -> None:
+        for number, model in enumerate(good_models):
+            trained(first, f"r{number}", model=model).publish(first)
+
+    prepared("four runs", store, make)
+    return [f"r{number}" for number in range(len(good_models))]

@@ -22,8 +22,8 @@ from pipeline.cluster import ClusterConfig, ray_session
 from pipeline.errors import ConfigError, DataError, PipelineError, StorageError
 from pipeline.feed import find_feed
 from pipeline.predict import predict_pictures
-from pipeline.registry import open_model
 from pipeline.scorer import PREDICTIONS, Answer, Job, Part, Predicted, Scorer, schema_of
+from pipeline.served import open_model
 from pipeline.shards import Manifest
 from pipeline.storage import Store, open_store, sha256
 

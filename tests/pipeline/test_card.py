@@ -54,6 +54,17 @@ def test_data_of_ones_own_has_no_home_page(report: Report) -> None:
     assert "home page" not in render_card(report.model_copy(update={"dataset": own}), 28)
 
 
+def test_the_card_tells_of_test_images_that_were_trained_on_and_of_classes_that_were_not_tested(report: Report) -> None:
+    assert "training images too" not in render_card(report, 28)
+    leaky = report.dataset.model_copy(update={"duplicates": {"validation": 0, "test": 1234}})
+    evaluation, (first, *others) = report.evaluation, report.evaluation.classes
+    evaluation = evaluation.model_copy(update={"classes": [first.model_copy(update={"support": 0}), *others]})
+    card = render_card(report.model_copy(update={"dataset": leaky, "evaluation": evaluation}), 28)
+    assert "| test images that are training images too | 1,234 |" in card
+    assert "validation images that are" not in card
+    assert "| T-shirt/top | – | – | – | – | 0 |" in card
+
+
 @pytest.mark.parametrize("hostile", HOSTILE)
 def test_nobodys_text_becomes_markup(report: Report, hostile: str) -> None:
     classes = [metrics.model_copy(update={"name": hostile}) for metrics in report.evaluation.classes]

@@ -21,8 +21,8 @@ from pipeline.idx import Pixels
 from pipeline.pictures import decode_picture
 from pipeline.predict import predict_pictures, prepare_picture, probabilities
 from pipeline.predictions import read_predictions
-from pipeline.registry import Served, open_model
 from pipeline.scorer import Job, Scorer
+from pipeline.served import Served, open_model
 from pipeline.sharding import ShardConfig, write_shards
 from pipeline.source import Source
 from pipeline.storage import Store, open_store

@@ -63,6 +63,15 @@ def test_a_label_beyond_the_classes_is_refused() -> None:
         decode_predictions(wrong)
 
 
+@pytest.mark.parametrize(
+    "labels", [pa.array(np.full(20, -1, np.int8)), pa.array(np.ones(20)), pa.array([None] * 20, pa.uint8())]
+)
+@pytest.mark.parametrize("column", ["label", "predicted"])
+def test_classes_that_are_no_bytes_are_refused(column: str, labels: pa.Array) -> None:
+    with pytest.raises(DataError, match="its labels or classes are no bytes"):
+        decode_predictions(edited(some(), column, labels))
+
+
 @pytest.mark.parametrize("data", [b"", b"PAR1", some()[:-9], some(0)])
 def test_other_files_are_refused(data: bytes) -> None:
     with pytest.raises(DataError, match="not a file of predictions"):

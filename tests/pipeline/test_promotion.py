@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.metrics import Verdict
+from pipeline.metrics import Interval, Verdict
 from pipeline.promotion import Comparison, PromoteConfig, compare, first, incomparable, render_decision, shown_p
 from tests.pipeline.conftest import judge
 
@@ -68,6 +68,13 @@ def test_a_gain_whose_exact_test_is_rounded_to_0_is_no_certainty() -> None:
         (verdict(60), verdict(54), (20, 26), {}, "such a gain comes by chance with p = 0.461, and max_p is 0.05"),
         (verdict(60), verdict(50), (2, 12), {"max_p": 1e-4}, "such a gain comes by chance with p = 0.0129, and max_p"),
         (verdict(60), verdict(20), (0, 40), {"max_p": 1e-13}, "such a gain comes by chance with p = 1.82e-12, and"),
+        (
+            verdict(4),
+            verdict(2),
+            (0, 2),
+            {},
+            "such a gain comes by chance with p = 0.5, and max_p is 0.05, which no model",
+        ),
         (verdict(100), verdict(60), (10, 50), {"min_gain": 0.04}, "it gains 0.0333 and min_gain is 0.04"),
         (verdict(100), verdict(60), (10, 50), {"promote": False}, "promote is off for this run"),
         (verdict(100), verdict(80, of=1), (60, 80), {"max_p": 1}, "F1 of shoe falls from 0.91"),
@@ -81,6 +88,17 @@ def test_what_is_refused_says_why(
     assert not found.promoted
     assert any(said.startswith(reason) for said in found.reasons), found.reasons
     assert reason.split(",")[0] in render_decision("lenet", found)
+
+
+def test_a_class_that_falls_by_no_more_than_chance_is_no_reason() -> None:
+    old, new = verdict(100), verdict(60)
+    few = old.classes[0].model_copy(update={"f1": 0.8})
+    fallen = {"f1": 0.7, "f1_interval": Interval(low=0.5, high=0.85)}  # of a class of some twenty images
+    for high, promoted in ((0.85, True), (0.79, False)):
+        fallen["f1_interval"] = Interval(low=0.5, high=high)
+        one = new.model_copy(update={"classes": [new.classes[0].model_copy(update=fallen), *new.classes[1:]]})
+        other = old.model_copy(update={"classes": [few, *old.classes[1:]]})
+        assert compare(PromoteConfig(), "champion", other, one, 10, 50).promoted == promoted
 
 
 @given(only_champion=st.integers(0, 200), only_candidate=st.integers(0, 200))

@@ -102,6 +102,21 @@ def test_pages_are_of_this_code_if_it_was_killed_in_between(local_store: Store, 
     assert found.made_by == code_of_pages() != ""
 
 
+def test_page_and_card_say_what_the_report_of_the_first_attempt_says(local_store: Store, trained: Trained) -> None:
+    receipts = trained(local_store, "r")
+    receipts.publish(local_store, lr=0.123)
+    for name in ("manifest.json", "report.html", "README.md"):
+        local_store.delete(f"{run_folder('r')}/{name}")
+    receipts.publish(local_store, lr=0.456)  # on a machine with other versions, say
+    found = find_run(local_store, "r")
+    assert found is not None
+    assert found.made_by == code_of_pages()
+    for name in ("report.json", "report.html", "README.md"):
+        text = local_store.read(f"{run_folder('r')}/{name}").decode()
+        assert "0.123" in text, name
+        assert "0.456" not in text, name
+
+
 def test_pages_are_of_no_code_if_other_code_has_taken_its_place_meanwhile(
     local_store: Store, trained: Trained, monkeypatch: pytest.MonkeyPatch
 ) -> None:

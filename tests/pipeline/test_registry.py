@@ -1,18 +1,16 @@
 """Proves that of any number of publishers none loses or doubles a version, and that the best is the champion."""
 
+import json
 import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import pytest
 
 from flows.models import models
 from lenet.model import LeNet
-from pipeline.artifacts import SAFETENSORS, predictor
-from pipeline.errors import ConfigError, DataError
+from pipeline.errors import DataError
 from pipeline.predictions import read_predictions
 from pipeline.promotion import Comparison, PromoteConfig
 from pipeline.publish import run_folder
@@ -20,17 +18,16 @@ from pipeline.registry import (
     champion_key,
     find_champion,
     find_decision,
-    find_place,
     held_against_champion,
     list_models,
     list_versions,
-    open_model,
     promote,
     promote_by_hand,
     register,
     roll_back,
     version_folder,
 )
+from pipeline.served import open_model
 from pipeline.storage import Store, open_store
 from pipeline.train import staging
 
@@ -40,18 +37,6 @@ if TYPE_CHECKING:
 
 RULE = PromoteConfig(max_f1_drop=1, max_ece_rise=1)
 Trained = Callable[..., "Receipts"]
-
-
-@pytest.fixture
-def published(store: Store, prepared: Callable[..., Store], trained: Trained, good_models: list[LeNet]) -> list[str]:
-    """Runs r0 to r3 in a store, each better than the one before."""
-
-    def make(first: Store) -> None:
-        for number, model in enumerate(good_models):
-            trained(first, f"r{number}", model=model).publish(first)
-
-    prepared("four runs", store, make)
-    return [f"r{number}" for number in range(len(good_models))]
 
 
 def test_versions_count_from_one_and_a_run_is_one_version(store: Store, published: list[str]) -> None:
@@ -196,6 +181,39 @@ def test_rollback_goes_back_one_champion_at_a_time(store: Store, published: list
     assert by == ["hand"] * 3 + ["rollback"] * 2 + ["hand", "rollback"]
 
 
+def test_a_model_that_was_taken_back_does_not_come_back_with_the_next_night(
+    store: Store, published: list[str], trained: Trained, good_models: list[LeNet]
+) -> None:
+    for run_id in (published[1], published[3]):
+        assert promote(store, RULE, register(store, "lenet", run_id)).promoted
+    roll_back(store, "lenet")
+    for night in ("again", "and-again"):
+        trained(store, night, model=good_models[3]).publish(store)  # the same seed
+        found = promote(store, RULE, register(store, "lenet", night))
+        assert not found.promoted
+        assert found.reasons[0].startswith("it is, byte for byte, version 2, which is champion no more; promote it by")
+    assert find_champion(store, "lenet").run_id == "r1"  # type: ignore[union-attr]
+    store.delete(f"{run_folder('r3')}/manifest.json")  # then nothing says that it is the same
+    trained(store, "once-more", model=good_models[3]).publish(store)
+    assert promote(store, RULE, register(store, "lenet", "once-more")).promoted
+    assert promote_by_hand(store, "lenet", 3).run_id == "again"
+
+
+def test_a_champion_with_fewer_predictions_than_there_are_images_stops_nobody(
+    local_store: Store, trained: Trained, good_models: list[LeNet]
+) -> None:
+    for number in (0, 3):
+        trained(local_store, f"r{number}", model=good_models[number]).publish(local_store)
+    promote(local_store, RULE, register(local_store, "lenet", "r0"))
+    key = f"{run_folder('r0')}/manifest.json"
+    manifest = json.loads(local_store.read(key))
+    del manifest["artifacts"]["predictions/00001.parquet"]
+    local_store.put(key, json.dumps(manifest).encode())
+    found = promote(local_store, RULE, register(local_store, "lenet", "r3"))
+    assert not found.promoted
+    assert re.match(r"the champion cannot be read \(.*/runs/r0: has predictions of 100 images\), so", found.reasons[0])
+
+
 def test_a_champion_by_hand_is_not_held_against_itself(store: Store, published: list[str]) -> None:
     promote(store, RULE, register(store, "lenet", published[3]))
     version = register(store, "lenet", published[0])
@@ -215,108 +233,6 @@ def test_a_champion_judged_by_other_images_is_not_replaced_by_itself(
     found = held_against_champion(store, RULE, other, lambda: iter(()))
     assert not found.promoted
     assert "other test images" in found.reasons[0]
-
-
-def test_every_url_finds_its_model(
-    store: Store, published: list[str], small_splits: "Splits", good_models: list[LeNet]
-) -> None:
-    for run_id in published:
-        register(store, "lenet", run_id)
-    promote_by_hand(store, "lenet", 3)
-    images = small_splits["test"][0]
-    for tail, run_id in {
-        "": "r2",
-        "/": "r2",
-        "/models/lenet": "r2",
-        "/models/lenet/champion.json": "r2",
-        "/models/lenet/versions/2": "r1",
-        "/models/lenet/versions/2/version.json": "r1",
-        "/runs/r3": "r3",
-        "/runs/r3/report.html": "r3",
-    }.items():
-        served = open_model(store.url + tail)
-        assert served.run_id == run_id, tail
-        assert served.classes[0] == "T-shirt/top"
-        assert served.image_shape == (28, 28)
-        assert (served.version is None) == ("/runs/" in tail)
-        assert open_model(served.url).place == served.place
-        assert np.array_equal(served.predict(images), predictor(good_models[int(run_id[1])])(images))
-
-
-def test_a_store_may_have_any_name_and_be_where_we_are(
-    tmp_path: Path, trained: Trained, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    store = open_store(str(tmp_path / "models" / "store"))
-    trained(store, "r", seed=0).publish(store)
-    register(store, "lenet", "r")
-    promote_by_hand(store, "lenet", 1)
-    monkeypatch.chdir(store.root)
-    for url in (store.root, f"{store.root}/models/lenet", ".", "models/lenet", "models/lenet/versions/1", "runs/r"):
-        found = find_place(url)
-        assert (found.run_id, found.store.root) == ("r", store.root), url
-
-
-def test_a_bucket_may_be_named_models(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[str] = []
-    monkeypatch.setattr("pipeline.registry.open_store", lambda url: asked.append(url) or open_store("nowhere"))
-    with pytest.raises(ConfigError, match="^model='s3://models/prefix': there is no store with a model; name"):
-        find_place("s3://models/prefix")
-    assert asked == ["s3://models/prefix"]
-
-
-def test_a_url_with_nothing_there_says_so(store: Store, published: list[str]) -> None:
-    with pytest.raises(ConfigError, match="there is no champion of lenet; train one"):
-        open_model(store.url)
-    with pytest.raises(ConfigError, match=f"^model='{store.url}/models/mine': there is no champion of mine; train one"):
-        open_model(f"{store.url}/models/mine")
-    with pytest.raises(ConfigError, match=f"^model='{store.url}/no': there is no store with a model; name the store, "):
-        open_model(f"{store.url}/no")
-    with pytest.raises(DataError, match="/runs/nobody: no published run; lenet runs lists them"):
-        find_place(f"{store.url}/runs/nobody")
-    assert find_place(f"{store.url}/runs/{published[0]}/model.safetensors").run_id == published[0]
-    register(store, "mine", published[0])
-    with pytest.raises(ConfigError, match="there is no champion of lenet; name models/mine in it"):
-        open_model(store.url)
-    register(store, "lenet", published[0])
-    with pytest.raises(DataError, match="has no version 7; lenet models lists them"):
-        find_place(f"{store.url}/models/lenet/versions/7")
-    with pytest.raises(DataError, match="has no version 7"):
-        promote_by_hand(store, "lenet", 7)
-    with pytest.raises(DataError, match="no published run"):
-        register(store, "lenet", "r9")
-
-
-@pytest.mark.parametrize("what", ["model", "manifest"])
-def test_an_altered_model_is_not_served(store: Store, published: list[str], what: str) -> None:
-    register(store, "lenet", published[0])
-    promote_by_hand(store, "lenet", 1)
-    name = SAFETENSORS if what == "model" else "manifest.json"
-    key = f"{run_folder('r0')}/{name}"
-    data = store.read(key)
-    store.put(key, data[:-1] + bytes([data[-1] ^ 1]) if what == "model" else data.replace(b"  ", b" "))
-    with pytest.raises(DataError, match=f"{name}: its sha256 is not"):
-        open_model(store.url)
-
-
-@pytest.mark.parametrize(
-    ("name", "this", "that"),
-    [
-        ("champion.json", '"run_id": "r0"', '"run_id": "r1"'),
-        ("versions/1/version.json", '"run_id": "r0"', '"run_id": "r1"'),
-        ("versions/1/version.json", '"accuracy": 0', '"accuracy": 1'),
-    ],
-)
-def test_a_version_that_is_not_what_its_run_gives_is_not_served(
-    store: Store, published: list[str], name: str, this: str, that: str
-) -> None:
-    register(store, "lenet", published[0])
-    promote_by_hand(store, "lenet", 1)
-    key = f"models/lenet/{name}"
-    before = store.read(key)
-    assert this.encode() in before
-    store.put(key, before.replace(this.encode(), that.encode(), 1))
-    with pytest.raises(DataError, match=r"version.json: is not what run r[01] gives; .* was altered, do not use it$"):
-        open_model(store.url)
 
 
 def test_names_in_the_registry_are_those_of_the_contract(store: Store, published: list[str]) -> None:

@@ -104,6 +104,18 @@ def test_a_p_that_the_exact_test_rounds_to_0_is_shown_as_small() -> None:
     assert "McNemar's exact test gives p < 1e-12." in page.text
 
 
+def test_the_page_tells_of_test_images_that_were_trained_on_and_of_classes_that_were_not_tested() -> None:
+    report = a_report()
+    assert "training images too" not in Page(render_html(report, PIXELS)).text
+    leaky = report.dataset.model_copy(update={"duplicates": {"validation": 0, "test": 1234}})
+    evaluation, (first, *others) = report.evaluation, report.evaluation.classes
+    evaluation = evaluation.model_copy(update={"classes": [first.model_copy(update={"support": 0}), *others]})
+    text = Page(render_html(report.model_copy(update={"dataset": leaky, "evaluation": evaluation}), PIXELS)).text
+    assert "Test images that are training images too 1,234" in text
+    assert "Validation images that are" not in text
+    assert f"{first.name} – – – 0" in text
+
+
 def test_data_of_ones_own_has_no_home_page() -> None:
     assert "Home page https://example.org/data" in Page(render_html(a_report(), PIXELS)).text
     assert "Home page" not in Page(render_html(a_report(homepage=""), PIXELS)).text

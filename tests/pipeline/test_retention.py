@@ -20,12 +20,13 @@ from pipeline.predictions import read_predictions
 from pipeline.promotion import PromoteConfig
 from pipeline.publish import find_run, read_latest, verify_run
 from pipeline.record import RunRecord, read_record
-from pipeline.registry import open_model, promote, promote_by_hand, register
+from pipeline.registry import promote, promote_by_hand, register
 from pipeline.retention import Plan, RetentionConfig, RunFacts, gather, plan, remove, retain
 from pipeline.run import RunConfig
 from pipeline.run import promote as register_and_promote
 from pipeline.run import publish as publish_again
 from pipeline.runs import list_runs
+from pipeline.served import open_model
 from pipeline.storage import Store, open_store
 from pipeline.strays import find_strays
 from pipeline.train import find_training, staging

@@ -13,8 +13,8 @@ from PIL import Image
 from pipeline import scorer
 from pipeline.feed import find_feed
 from pipeline.idx import Pixels
-from pipeline.registry import open_model
 from pipeline.scorer import Answer, Job, Scorer
+from pipeline.served import open_model
 from pipeline.storage import Store, open_store
 
 if TYPE_CHECKING:

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -202,12 +203,15 @@ def test_the_report_says_what_the_data_are_like(fashion_mnist: Source, local_sto
     assert report.duplicates == {"test": again}
 
 
-def test_duplicates_are_counted_by_content(small_splits: "Splits", make_source: MakeSource, tmp_path: Path) -> None:
+def test_duplicates_are_counted_by_content_and_told_of(
+    small_splits: "Splits", make_source: MakeSource, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     images, labels = small_splits["train"]
     test = (np.concatenate([images[:5], images[:2], small_splits["test"][0][:3]]), labels[:10])
     source = make_source(tmp_path / "idx", {"train": (images, labels), "test": test})
     config = ShardConfig(shard_mib=0.05, validation_fraction=0)
     assert write_shards(open_store(str(tmp_path / "s")), source, config).report.duplicates == {"test": 7}
+    assert re.search(r": of \d+ test images 7 are training images too, pixel by pixel; to know", caplog.text)
 
 
 def test_a_class_without_training_images_is_named(

@@ -115,6 +115,20 @@ def test_the_probe_leaves_nothing_behind(store: Store) -> None:
     assert store.keys("") == []
 
 
+def test_a_server_that_ignores_conditions_is_named_before_any_work(
+    s3_store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put = storage.S3Store._put_object
+    with monkeypatch.context() as patch:
+        patch.setattr(storage.S3Store, "_put_object", lambda store, key, data, **condition: put(store, key, data))
+        with pytest.raises(
+            StorageError, match="^storage='s3://.*': the server does not mind If-None-Match, by"
+        ) as raised:
+            s3_store.check_writable()
+    assert not raised.value.may_pass
+    assert s3_store.keys("") == []
+
+
 def test_create_never_overwrites(store: Store) -> None:
     assert store.create("a/k", b"mine")
     assert store.create("a/k", b"mine"), "the same bytes again: a retry after a lost answer"

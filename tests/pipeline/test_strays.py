@@ -14,7 +14,8 @@ import pytest
 from lenet.model import LeNet
 from pipeline.promotion import PromoteConfig
 from pipeline.publish import LATEST, find_run, read_latest, verify_run
-from pipeline.registry import champion_key, find_champion, list_versions, open_model, promote, register
+from pipeline.registry import champion_key, find_champion, list_versions, promote, register
+from pipeline.served import open_model
 from pipeline.storage import Store, open_store
 from pipeline.strays import find_strays, remove
 

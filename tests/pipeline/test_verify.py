@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from flows.models import export
+from flows.models import verify as show_verify
 from lenet.model import LeNet
 from lenet.recipe import RECIPES
 from pipeline.artifacts import ONNX, PT2, SAFETENSORS, artifact_of
@@ -66,7 +67,7 @@ def edit_manifest(store: Store, **changes: object) -> None:
 
 
 def test_a_sound_run_is_verified_by_each_of_its_urls(store: Store, url: str) -> None:
-    lines = list(verify(url))
+    lines = [found.line for found in verify(url)]
     assert lines[0] == "9 objects have the size and sha256 that the manifest says"
     assert lines[1].startswith("report.json: every figure of accuracy follows from the predictions, accuracy 0.")
     assert lines[2] == "predictions: what the model says of all 200 test images of fashion-mnist"
@@ -74,7 +75,12 @@ def test_a_sound_run_is_verified_by_each_of_its_urls(store: Store, url: str) -> 
     assert lines[4] == "report.html and README.md say what report.json says"
     assert len(lines) == 5
     for other in (store.url, f"{store.url}/models/lenet", f"{store.url}/models/lenet/versions/1"):
-        assert list(verify(other)) == ["lenet version 1 (r): its manifest is the one that was registered", *lines]
+        found = list(verify(other))
+        assert [each.line for each in found] == [
+            "lenet version 1 (r): its manifest is the one that was registered",
+            *lines,
+        ]
+        assert all(str(each) == f"ok  {each.line}" for each in found)
 
 
 def test_a_flipped_byte_is_found_in_each_object(store: Store, url: str) -> None:
@@ -133,6 +139,12 @@ def test_an_edited_report_is_found_though_its_hash_was_edited_too(store: Store, 
     [
         ("dataset", lambda d: d["rows"].update(train=60_000), r"says dataset\.rows\.train 60000, it is 600;"),
         ("layers", lambda layers: layers[1].update(parameters=1), r"says layers\[1\]\.parameters 1, it is 156;"),
+        ("dataset", lambda d: d["duplicates"].update(test=7), r"says dataset\.duplicates\.test 7, it is 0;"),
+        (
+            None,
+            lambda report: report.update(finished="2026-01-02T03:04:06Z"),
+            "is the report of a run that finished at 2026-01-02 03:04:06",
+        ),
         (None, lambda report: report.update(run_id="other"), "is the report of run other, the manifest is of r;"),
         (None, lambda report: report.update(history=[]), r"damaged, or of another version \(history: "),
     ],
@@ -193,17 +205,30 @@ def test_other_names_of_classes_or_another_shape_are_found(store: Store, url: st
 @on_disk
 @pytest.mark.parametrize("name", ["report.html", "README.md"])
 def test_an_edited_page_is_found_by_the_code_that_wrote_it(store: Store, url: str, name: str) -> None:
-    assert list(verify(url))[-1] == "report.html and README.md say what report.json says"
+    assert list(verify(url))[-1].line == "report.html and README.md say what report.json says"
     rewrite(store, name, store.read(f"{ROOT}/{name}") + b"99.99%")
     with pytest.raises(DataError, match=rf"runs/r/{name}: is not what report\.json gives; it was edited, do not use"):
         list(verify(url))
 
 
 @on_disk
-def test_pages_of_other_code_are_not_said_to_be_proven(store: Store, url: str) -> None:
+def test_pages_of_other_code_are_not_said_to_be_proven(
+    store: Store, url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     rewrite(store, "README.md", store.read(f"{ROOT}/README.md") + b"99.99%")
     edit_manifest(store, made_by="")
-    assert list(verify(url))[-1] == "README.md: not compared, other versions than these here have written the run"
+    show_verify(url)
+    *held, last, summary = capsys.readouterr().out.splitlines()
+    assert all(line.startswith("ok  ") for line in held)
+    assert last == "--  README.md: not compared, other versions than these here have written the run"
+    assert summary == f"verified, but for README.md: {url}"
+
+
+@on_disk
+def test_a_report_of_before_duplicates_were_told_is_sound(store: Store, url: str) -> None:
+    edit_report(store, lambda dataset: dataset.pop("duplicates"), "dataset")
+    edit_manifest(store, made_by="")
+    assert all(found.open_to_doubt in ("", "report.html and README.md") for found in verify(url))
 
 
 @on_disk
@@ -216,7 +241,7 @@ def test_intervals_that_were_drawn_are_not_said_to_be_proven(store: Store, url: 
 
     edit_report(store, drawn)
     edit_manifest(store, made_by="")
-    lines = list(verify(url))
+    lines = [found.line for found in verify(url)]
     assert lines[1].endswith(" first, but for the intervals of F1, which were drawn")
     assert lines[-1] == "report.html and README.md: not compared, other versions than these here have written the run"
 
