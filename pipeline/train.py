@@ -16,11 +16,12 @@ from torch import Tensor
 
 from lenet.model import LeNet, fold_standardise
 from pipeline.checkpoint import FILE_NAME, History, Position, encode_model, read_state
-from pipeline.cluster import ClusterConfig, ray_session
+from pipeline.cluster import ray_session
 from pipeline.documents import find_document, keep_document
 from pipeline.errors import DataError, PipelineError, Terminated, TrainingError
 from pipeline.lease import Hold, held, lease_key
 from pipeline.loader import LoadConfig, choose_loading
+from pipeline.placement import ClusterConfig
 from pipeline.progress import ENDED, OnEpoch, OnNow, WriteProgress, followed, tell_epochs
 from pipeline.recipe import TrainConfig
 from pipeline.shards import Manifest

@@ -17,9 +17,10 @@ from cyclopts import App, Parameter
 from lenet.recipe import RECIPES
 from pipeline.artifacts import FORMS
 from pipeline.checkpoint import EpochMetrics, encode_model
-from pipeline.cluster import ClusterConfig, run_on_ray
+from pipeline.cluster import run_on_ray
 from pipeline.download import SourceConfig, fetch
 from pipeline.evaluate import evaluate, export
+from pipeline.placement import ClusterConfig
 from pipeline.promotion import Comparison
 from pipeline.publish import publish
 from pipeline.sharding import ShardConfig, write_shards

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 # Long enough that the workers, who tell what they log a tenth of a second later, have told where they are.
 DRIVER = """
 import sys
-from pipeline.cluster import ClusterConfig
+from pipeline.placement import ClusterConfig
 from pipeline.loader import LoadConfig
 from pipeline.recipe import TrainConfig
 from pipeline.shards import require_manifest
