@@ -47,7 +47,6 @@ class Training(BaseModel):
     history: History
     candidate: str
     candidate_sha256: str
-    parameters: int
     world_size: int
     device: str
     wall_seconds: float
@@ -147,7 +146,6 @@ def _train(
         history=position.history,
         candidate=key,
         candidate_sha256=digest,
-        parameters=sum(tensor.numel() for tensor in weights.values()),
         world_size=position.history[-1].world_size,
         device="gpu" if gpu else "cpu",
         # Of a run that was taken up again, at least what its epochs took.

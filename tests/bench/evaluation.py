@@ -40,7 +40,7 @@ def untrained(store: Store, run_id: str) -> Training:
     store.put(key, candidate)
     epoch = EpochMetrics(epoch=1, train_loss=2.3, train_accuracy=0.1, held_out_loss=2.3, held_out_accuracy=0.1,
                          seconds=1.0, images_per_second=1.0, world_size=1)  # fmt: skip
-    return Training(history=[epoch], candidate=key, candidate_sha256=sha256(candidate), parameters=61_706, world_size=1,
+    return Training(history=[epoch], candidate=key, candidate_sha256=sha256(candidate), world_size=1,
                     device="cpu", wall_seconds=1.0, finished=datetime.now(UTC))  # fmt: skip
 
 

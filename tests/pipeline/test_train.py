@@ -111,7 +111,6 @@ def test_two_workers_compute_what_a_plain_loop_computes(
     assert training is not None
     np.testing.assert_allclose([epoch.train_loss for epoch in training.history], losses, rtol=1e-5)
     assert [epoch.epoch for epoch in training.history] == list(range(1, 13))
-    assert training.parameters == 61_706
 
 
 @pytest.fixture(scope="module")
