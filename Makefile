@@ -79,7 +79,7 @@ faults: .venv/tests
 	$(BIN)/python tests/bench/faults.py
 
 hosts: .venv/tests
-	$(BIN)/python tests/bench/hosts.py $(ARGS)
+	$(BIN)/python -m tests.bench.hosts $(ARGS)
 
 drill: .venv/tests
 	$(BIN)/python -m tests.bench.stack
