@@ -29,7 +29,7 @@ SPACES := $(shell unshare --net --uts --mount --pid --fork true 2>&1 && command 
 NO_HOSTS := $(if $(filter none,$(SPACES)),--ignore tests/infra/test_hosts.py)
 export PYTHONWARNINGS ?= ignore
 
-.PHONY: setup run up status down test check format bench bench-data bench-scale bench-evaluate bench-scaling accuracy faults hosts gpu-check parity drill clean
+.PHONY: setup run up status down test check format bench bench-data bench-scale bench-evaluate bench-scaling accuracy faults hosts gpu-check parity drill
 
 setup: .venv/runs
 
@@ -79,7 +79,7 @@ faults: .venv/tests
 	$(BIN)/python tests/bench/faults.py
 
 hosts: .venv/tests
-	$(BIN)/python tests/bench/hosts.py $(ARGS)
+	$(BIN)/python -m tests.bench.hosts $(ARGS)
 
 drill: .venv/tests
 	$(BIN)/python -m tests.bench.stack
@@ -89,9 +89,6 @@ gpu-check: .venv/tests
 
 parity: .venv/tests
 	$(BIN)/python tests/bench/parity.py
-
-clean:
-	rm -rf .venv
 
 .venv/runs: pyproject.toml requirements.lock lenet/convolution.c
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("make: Python 3.11 or newer is needed; name one: make $(or $(MAKECMDGOALS),run) PYTHON=python3.11")'

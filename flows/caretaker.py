@@ -13,28 +13,34 @@ import logging
 import sys
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from itertools import pairwise
-from typing import Any
 from uuid import UUID
 
 import httpx
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas.filters import (
-    FlowFilter,
-    FlowFilterName,
-    FlowRunFilter,
-    FlowRunFilterState,
-    FlowRunFilterStateType,
-    FlowRunFilterTags,
-)
-from prefect.client.schemas.objects import FlowRun, State, StateType
-from prefect.client.schemas.sorting import FlowRunSort
-from prefect.events.filters import EventFilter
+from prefect.client.schemas.filters import FlowFilter, FlowFilterName
+from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.exceptions import PrefectException
 from prefect.states import AwaitingRetry, Cancelled, Crashed, Failed, Suspended
 
+from flows.crashes import (
+    HEARD_AGAIN,
+    LIVES,
+    UNHEARD,
+    Crash,
+    cancelled_at,
+    deployed_since,
+    find,
+    find_crashed,
+    forgotten,
+    last_heard,
+    settled,
+    to_cancel,
+    to_give_up,
+    to_revive,
+    to_suspend,
+    unbegun,
+)
 from flows.notify import notify, titled
 from flows.server import require_url
 from flows.train_lenet import name_run
@@ -45,94 +51,11 @@ from pipeline.errors import ConfigError, PipelineError
 log = logging.getLogger(__name__)
 
 TRAINING = "train-lenet"  # the flow; what is predicted ends by itself
-TAG = "lenet"  # of the deployments in prefect.yaml, and so of their flow runs
 POLL_S = 5
-# A worker reports a crash that its process monitor has reported before, up to 12 s later: over a run that is under way
-# again, if that was done sooner.
-SETTLED = timedelta(seconds=20)
-# The message begins so where infra/automations.yaml says crashed. Prefect's server, back from a minute and a half away,
-# says it of whatever ran meanwhile: what lives sends a heartbeat every 30 s, which is seen 5 s later.
-UNHEARD, HEARD_AGAIN = "No heartbeat", timedelta(seconds=60)
 SILENT = timedelta(minutes=3)
 # A worker takes a flow run and starts its process: 10 s, on a busy machine a minute. After five minutes Prefect would
 # have given its place to another flow run, and could say so to this one when it has begun after all.
 NOT_BEGUN = timedelta(minutes=4)
-FORGOTTEN = timedelta(days=1)
-LIVES, BEGINNINGS = 4, 2  # how often a flow run may crash, and before it has ever begun
-
-
-@dataclass(frozen=True)
-class Crash:
-    """A flow run that has crashed, and all states that it has been in, the first first."""
-
-    run: FlowRun
-    states: list[State[Any]]
-
-    @property
-    def cancelled(self) -> bool:
-        """Whether it was to end: Prefect's engine says crashed over that, when it is ended."""
-        return cancelled_at(self.states) is not None
-
-    @property
-    def suspended(self) -> bool:
-        """Whether it was to wait until somebody resumes it: its process has ended then, and is not heard."""
-        before = [state.type for state in self.states if state.type != StateType.CRASHED]
-        return before[-1:] == [StateType.PAUSED]
-
-    @property
-    def hopeless(self) -> bool:
-        """Whether it has used up its lives, or never begins: its code is not to be found, say. An engine that found the
-        server away crashes too before it has begun, but not each time."""
-        if self.run.run_count:
-            return self.run.run_count >= LIVES
-        crashes = [False, *(state.type == StateType.CRASHED for state in self.states)]
-        # Of one crash there may be two reports.
-        return sum(here and not before for before, here in pairwise(crashes)) >= BEGINNINGS
-
-
-def cancelled_at(states: Iterable[State[Any]]) -> datetime | None:
-    """When a flow run was told to end, since it was scheduled last: of several times the first, for what came of it, a
-    crash that counts as cancelled too, came later."""
-    told = None
-    for state in states:
-        if state.type == StateType.SCHEDULED:
-            told = None
-        elif state.type in (StateType.CANCELLING, StateType.CANCELLED):
-            told = told or state.timestamp
-    return told
-
-
-def unbegun(states: Iterable[State[Any]]) -> int:
-    """How often a flow run was given to the workers again since it ran last."""
-    again = 0
-    for state in states:
-        again = 0 if state.type == StateType.RUNNING else again + (state.name == AwaitingRetry().name)
-    return again
-
-
-def to_cancel(crashed: Iterable[Crash]) -> list[UUID]:
-    """Those that were cancelled before."""
-    return [found.run.id for found in crashed if found.cancelled]
-
-
-def to_suspend(crashed: Iterable[Crash]) -> list[Crash]:
-    """Those that were suspended before."""
-    return [found for found in crashed if found.suspended]
-
-
-def to_revive(crashed: Iterable[Crash], now: datetime) -> list[UUID]:
-    """Those that have not used up their lives, and crashed not long ago."""
-    return [found.run.id for found in _wanted(crashed) if not (found.hopeless or _forgotten(found.run, now))]
-
-
-def to_give_up(crashed: Iterable[Crash], now: datetime) -> list[FlowRun]:
-    """Those that go on no more: their lives are used up, or they crashed so long ago that nobody waits for them."""
-    return [found.run for found in _wanted(crashed) if found.hopeless or _forgotten(found.run, now)]
-
-
-def _wanted(crashed: Iterable[Crash]) -> list[Crash]:
-    """Those that were to go on."""
-    return [found for found in crashed if not (found.cancelled or found.suspended)]
 
 
 def bury(client: SyncPrefectClient, now: datetime, answering: datetime) -> list[UUID]:
@@ -142,22 +65,13 @@ def bury(client: SyncPrefectClient, now: datetime, answering: datetime) -> list[
     """
     if now - answering < SILENT:
         return []
-    running = [found for found in _find(client, StateType.RUNNING) if _deployed_since(found, now, SILENT)]
-    ids = [found.id for found in running if (heard := _last_heard(client, found)) and now - heard >= SILENT]
+    running = [found for found in find(client, StateType.RUNNING) if deployed_since(found, now, SILENT)]
+    ids = [found.id for found in running if (heard := last_heard(client, found)) and now - heard >= SILENT]
     for flow_run_id in ids:
         message = f"{UNHEARD} for {SILENT.seconds} seconds; its process is gone."
         client.set_flow_run_state(flow_run_id, Crashed(message=message))
         log.info("flow run %s is not heard any more: it has crashed", flow_run_id)
     return ids
-
-
-def find_crashed(client: SyncPrefectClient, now: datetime) -> list[Crash]:
-    """Flow runs of our deployments that crashed a while ago, and whose process is gone."""
-    return [
-        Crash(found, client.read_flow_run_states(found.id))
-        for found in _find(client, StateType.CRASHED)
-        if _deployed_since(found, now, SETTLED) and not _may_live(client, found, now)
-    ]
 
 
 def cancel(client: SyncPrefectClient, crashed: Iterable[Crash]) -> list[UUID]:
@@ -194,8 +108,8 @@ def begin_again(client: SyncPrefectClient, now: datetime) -> list[UUID]:
     """Let any worker take up what a worker took, and died before it began; the ids of those flow runs. What does not
     begin however often counts as failed, and people are told."""
     ids = []
-    for found in _find(client, StateType.PENDING):
-        if not _deployed_since(found, now, NOT_BEGUN):
+    for found in find(client, StateType.PENDING):
+        if not deployed_since(found, now, NOT_BEGUN):
             continue
         if unbegun(client.read_flow_run_states(found.id)) >= LIVES:
             _fail(client, found, f"given to the workers again {LIVES} times, and not begun")
@@ -211,7 +125,7 @@ def give_up(client: SyncPrefectClient, crashed: Iterable[Crash], now: datetime) 
     hopeless = to_give_up(crashed, now)
     for found in hopeless:
         how = f"crashed {found.run_count} times; the last time" if found.run_count else "crashed before it began"
-        if _forgotten(found, now):
+        if forgotten(found, now):
             how = "crashed more than a day ago, while nobody looked after it"
         _fail(client, found, f"{how}: {found.state.message if found.state else ''}")
     return [found.id for found in hopeless]
@@ -229,14 +143,14 @@ def stop_left(client: SyncPrefectClient, now: datetime, seen: dict[UUID, bool]) 
     training = FlowFilter(name=FlowFilterName(any_=[TRAINING]))
     left = [
         found
-        for found in _find(client, StateType.CANCELLED, flows=training)
-        if found.run_count and not seen.get(found.id) and _settled(found, now)
+        for found in find(client, StateType.CANCELLED, flows=training)
+        if found.run_count and not seen.get(found.id) and settled(found, now)
     ]
     if not left:
         return []
     # By whatever command: whoever gave the run id again trains now, or will, or did until his flow run crashed.
     lives = StateType.SCHEDULED, StateType.PENDING, StateType.RUNNING, StateType.CRASHED
-    begun = _find(client, *lives, flows=training, tagged=False)
+    begun = find(client, *lives, flows=training, tagged=False)
     resumed = {found.parameters.get("run_id") for found in begun}
     stopped = []
     for found in left:
@@ -262,62 +176,6 @@ def _offer(client: SyncPrefectClient, flow_run_id: UUID) -> None:
     gone = {"infrastructure_pid": None}  # which update_flow_run() would not send
     client.request("PATCH", "/flow_runs/{id}", path_params={"id": flow_run_id}, json=gone)
     client.set_flow_run_state(flow_run_id, AwaitingRetry(), force=True)
-
-
-def _since(found: FlowRun, now: datetime) -> timedelta:
-    """For how long a flow run has been in its state."""
-    return now - found.state.timestamp if found.state else timedelta()
-
-
-def _deployed_since(found: FlowRun, now: datetime, least: timedelta) -> bool:
-    return found.deployment_id is not None and _since(found, now) >= least
-
-
-def _forgotten(found: FlowRun, now: datetime) -> bool:
-    return _since(found, now) > FORGOTTEN
-
-
-def _settled(found: FlowRun, now: datetime) -> bool:
-    """Whether a flow run came into its state a while ago, but not long ago."""
-    return SETTLED <= _since(found, now) <= FORGOTTEN
-
-
-def _may_live(client: SyncPrefectClient, crashed: FlowRun, now: datetime) -> bool:
-    """Whether the process of a flow run that crashed by its silence is heard, or may yet be.
-
-    Prefect takes its place under the deployment's limit from it when it says crashed, and ends it for that within four
-    minutes, with a checkpoint. Taken up sooner, it would be at work twice, and the end of one stop what both follow.
-    """
-    if not (crashed.state and (crashed.state.message or "").startswith(UNHEARD)):
-        return False
-    if _since(crashed, now) < HEARD_AGAIN:
-        return True
-    heard = _last_heard(client, crashed)
-    return heard is not None and now - heard <= HEARD_AGAIN
-
-
-def _last_heard(client: SyncPrefectClient, found: FlowRun) -> datetime | None:
-    """When the last heartbeat of a flow run was, if there is one."""
-    heartbeats = {
-        "event": {"name": ["prefect.flow-run.heartbeat"]},
-        "resource": {"id": [f"prefect.flow-run.{found.id}"]},
-    }
-    newest = client.read_events(EventFilter.model_validate(heartbeats), limit=1).events  # the last comes first
-    return newest[0].occurred if newest else None
-
-
-def _find(
-    client: SyncPrefectClient, *states: StateType, flows: FlowFilter | None = None, tagged: bool = True
-) -> list[FlowRun]:
-    return client.read_flow_runs(
-        flow_filter=flows,
-        flow_run_filter=FlowRunFilter(
-            tags=FlowRunFilterTags(all_=[TAG]) if tagged else None,
-            state=FlowRunFilterState(type=FlowRunFilterStateType(any_=list(states))),
-        ),
-        sort=FlowRunSort.START_TIME_DESC,
-        limit=100,
-    )
 
 
 def main() -> None:

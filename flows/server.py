@@ -22,7 +22,7 @@ from typing import IO, NamedTuple
 from pipeline.errors import ConfigError, first_line
 from pipeline.imports import for_good
 
-# Nothing is scheduled on a server that lives as long as one command: 15 s to start without these, not 18.
+# Nothing is scheduled on a server that lives as long as one command.
 UNUSED_SERVICES = (
     "SCHEDULER",
     "LATE_RUNS",

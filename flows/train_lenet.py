@@ -27,10 +27,10 @@ from flows.notify import notify, on_failure
 from flows.parameters import with_parameters
 from pipeline import run
 from pipeline.checkpoint import EpochMetrics
-from pipeline.cluster import ClusterConfig
 from pipeline.config import config_of
 from pipeline.errors import PipelineError, Terminated
 from pipeline.evaluate import Evaluation, Exported
+from pipeline.placement import ClusterConfig
 from pipeline.progress import Now
 from pipeline.promotion import Comparison, render_decision
 from pipeline.publish import Published

@@ -22,6 +22,9 @@ DATABASE = "PREFECT_SERVER_DATABASE_CONNECTION_URL"
 MARK = "LENET_STACK"  # in the environment of every process of the stack
 NODES = ("ray-head", "ray-node-1", "ray-node-2")
 PARTS = ("s3", "prefect-server", *NODES, "prefect-worker", "caretaker")
+# Of SeaweedFS nothing else: no telemetry, WebDAV, Iceberg or Lance, and no bucket that comes into being by a PUT.
+ONLY_S3 = ("-master.telemetry=false", "-admin.ui=false", "-webdav=false", "-s3.port.iceberg=0", "-s3.port.lance=0",
+           "-s3.autoCreateBucket=false")  # fmt: skip
 AT_ONCE = ("s3", "prefect-server", NODES[0])  # need nobody; each other starts once those before it are up
 
 
@@ -140,8 +143,7 @@ def programs(stack: Stack) -> dict[str, list[str]]:
     return {
         "s3": [
             str(BIN / "weed"), "mini", f"-dir={(stack.folder / 's3').absolute()}", "-ip=127.0.0.1",
-            "-ip.bind=127.0.0.1", "-master.telemetry=false", "-admin.ui=false", "-webdav=false", "-s3.port.iceberg=0",
-            "-s3.port.lance=0", "-s3.autoCreateBucket=false", *ports,
+            "-ip.bind=127.0.0.1", *ONLY_S3, *ports,
         ],
         "prefect-server": [
             str(BIN / "prefect"), "server", "start", "--host", "127.0.0.1", "--port", str(stack.prefect_port),

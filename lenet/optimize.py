@@ -233,6 +233,6 @@ def _muon(recipe: Recipe, model: LeNet, flat: nn.Parameter) -> list[torch.optim.
             betas=ADAMW_BETAS,
             weight_decay=0,
             capturable=flat.is_cuda,
-            fused=not flat.is_cuda,
+            fused=None if flat.is_cuda else True,  # False would have a GPU take tensor by tensor
         ),
     ]

@@ -7,6 +7,7 @@
 All three take `images`, float32 (batch, 1, H, W) with pixels from 0 to 1, and give `logits`, float32 (batch, classes).
 """
 
+import contextlib
 import io
 import json
 import logging
@@ -14,7 +15,7 @@ import re
 import threading
 import warnings
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -213,17 +214,14 @@ def _batched(predict: Callable[[torch.Tensor], Logits]) -> Predictor:
     return whole
 
 
-class _quiet:  # noqa: N801 - reads as a function
+@contextlib.contextmanager
+def _quiet(*names: str) -> Iterator[None]:
     """These loggers say only what is an error, while the block runs."""
-
-    def __init__(self, *names: str) -> None:
-        self.loggers = [logging.getLogger(name) for name in names]
-
-    def __enter__(self) -> None:
-        self.levels = [logger.level for logger in self.loggers]
-        for logger in self.loggers:
-            logger.setLevel(logging.ERROR)
-
-    def __exit__(self, *_: object) -> None:
-        for logger, level in zip(self.loggers, self.levels, strict=True):
+    levels = {logger: logger.level for logger in map(logging.getLogger, names)}
+    for logger in levels:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in levels.items():
             logger.setLevel(level)

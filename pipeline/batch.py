@@ -13,10 +13,10 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field
 
 from pipeline import jobs, scorer
-from pipeline.cluster import MAX_WORKERS, ClusterConfig
 from pipeline.documents import find_document
 from pipeline.errors import ConfigError, DataError, PipelineError
 from pipeline.feed import Feed, find_feed, source_digest
+from pipeline.placement import MAX_WORKERS, ClusterConfig
 from pipeline.predict import Invert
 from pipeline.scorer import PREDICTIONS, RECEIPTS, Job, Part, Predicted
 from pipeline.served import Served, open_model

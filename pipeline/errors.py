@@ -55,7 +55,7 @@ class TrainingError(PipelineError):
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM has ended the training, which left a checkpoint to go on from."""
+    """SIGTERM has ended the work; of a training it left a checkpoint to go on from."""
 
 
 def restored(name: str, args: list[str], may_pass: bool | None = None) -> PipelineError:

@@ -29,13 +29,14 @@ from pipeline.own import THREADS, check_inside, shown
 from pipeline.pictures import MAX_PIXELS, SUFFIXES
 from pipeline.predict import Form, prepare_batch
 from pipeline.storage import LocalStore, Store, open_store
-from pipeline.tables import BUFFER, IMAGES_ACCEPTED, is_encoded, is_raw
+from pipeline.tables import BUFFER, check_images, is_encoded
 
 TABLE = ".parquet"
 ACCEPTED = f"a source is a folder or s3://bucket/prefix with {', '.join(SUFFIXES)} or {TABLE}, or one such file"
 # Rows of a unit: a second or two of work, and a file of predictions. Row groups are not cut: a unit may have more.
 UNIT_PIXELS, UNIT_PICTURES = 16_384, 4_096
 READ_PIXELS, READ_PICTURES = 1_000, 256  # in memory at once
+RESIZE = "give encoded pictures, which are resized to the model's"
 LARGEST = 8 * MAX_PIXELS  # bytes of a picture: four channels of 16 bits, not compressed
 
 
@@ -264,7 +265,7 @@ def _walk(root: Path, folder: Path, prefix: str, deep: bool, fits: Callable[[str
 def _groups(store: Store, column: str, size: int, key: str) -> list[Unit]:
     """The units of one Parquet file, once its column is found to hold images that fit."""
     with _opened(store, key) as file:
-        encoded = _check_column(file.schema_arrow, column, size, shown(store.locate(key)))
+        encoded = check_images(file.schema_arrow, column, size, shown(store.locate(key)), RESIZE)
         most = UNIT_PICTURES if encoded else UNIT_PIXELS
         counts = [file.metadata.row_group(index).num_rows for index in range(file.metadata.num_row_groups)]
     units: list[Unit] = []
@@ -277,37 +278,6 @@ def _groups(store: Store, column: str, size: int, key: str) -> list[Unit]:
             units.append(Unit(number=0, keys=(key,), groups=(group,), first_row=row, rows=rows))
         row += rows
     return units
-
-
-def _check_column(schema: pa.Schema, column: str, size: int, where: str) -> bool:
-    """Whether a column's images are encoded. Raises DataError for one that is missing or no images of this size."""
-    if schema.names.count(column) != 1:
-        has = ", ".join(map(shown, schema.names)) or "none"
-        raise DataError(f"{where}: has no column {column!r} (but {has}); name it with image_column")
-    kind = schema.field(column).type
-    if is_encoded(kind):
-        return True
-    if not is_raw(kind):
-        raise DataError(f"{where}, {column}: {kind} is not images; they have to be {IMAGES_ACCEPTED}")
-    pixels = size * size
-    if pa.types.is_fixed_size_binary(kind):
-        pixels = kind.byte_width
-    elif pa.types.is_fixed_size_list(kind):
-        pixels = kind.list_size
-    elif isinstance(kind, pa.FixedShapeTensorType):
-        if list(kind.permutation or ()) != sorted(kind.permutation or ()):
-            raise DataError(f"{where}, {column}: tensors with axes exchanged; store them row by row")
-        if [side for side in kind.shape if side != 1] not in ([size, size], [size * size]):
-            raise DataError(
-                f"{where}, {column}: tensors of shape {kind.shape}, not {size}x{size}; "
-                "give encoded pictures, which are resized"
-            )
-    if pixels != size * size:
-        raise DataError(
-            f"{where}, {column}: {pixels} pixels where the model's {size}x{size} are {size * size}; "
-            "give encoded pictures, which are resized"
-        )
-    return False
 
 
 @contextlib.contextmanager

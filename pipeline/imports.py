@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-# What is imported only once it is called for, after the training: 4 s.
+# What is imported only once it is called for, after the training: 2 s.
 LATE_IMPORTS = ("torch._dynamo", "onnxscript", "onnxruntime", "scipy.stats", "scipy.ndimage", "matplotlib.figure")
 
 EXIT_S = 5

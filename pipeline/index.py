@@ -11,14 +11,14 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Literal, TypeVar
+from typing import Literal
 from urllib.parse import quote
 
 from markupsafe import Markup
-from pydantic import BaseModel, ValidationError
 
+from pipeline.documents import Document, parse_document
 from pipeline.drawings import SERIES, Points, draw_accuracies
-from pipeline.errors import StorageError
+from pipeline.errors import DataError, StorageError
 from pipeline.pages import render_page
 from pipeline.publish import Headline, RunManifest, run_folder
 from pipeline.registry import Champion, Change, Version, champion_key, version_folder
@@ -31,7 +31,6 @@ READERS = 16  # objects read at a time
 NO_NAME = "not recorded"
 
 Standing = Literal["champion", "was champion", "not promoted", "undecided"]
-Content = TypeVar("Content", bound=BaseModel)
 
 
 @dataclass(frozen=True)
@@ -143,7 +142,7 @@ def render_index(entries: Entries) -> str:
     )
 
 
-def _read_all(store: Store, kind: type[Content], keys: Iterable[str]) -> list[tuple[str, Content]]:
+def _read_all(store: Store, kind: type[Document], keys: Iterable[str]) -> list[tuple[str, Document]]:
     """What of these objects is whole, with their keys."""
     wanted = sorted(keys)
     with ThreadPoolExecutor(READERS) as pool:
@@ -152,9 +151,9 @@ def _read_all(store: Store, kind: type[Content], keys: Iterable[str]) -> list[tu
     for key, data in zip(wanted, found, strict=True):
         try:
             if data is not None:
-                contents.append((key, kind.model_validate_json(data)))
-        except ValidationError as error:
-            log.warning("%s: is damaged (%s), so the index leaves it out", store.locate(key), error.errors()[0]["msg"])
+                contents.append((key, parse_document(store, key, kind, data)))
+        except DataError as error:
+            log.warning("%s; so the index leaves it out", error)
     return contents
 
 

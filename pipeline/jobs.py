@@ -23,9 +23,10 @@ import requests
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
-from pipeline.cluster import ClusterConfig, check_cluster
+from pipeline.cluster import check_cluster
 from pipeline.errors import ClusterError, PipelineError, StorageError, Terminated, TrainingError, first_line, restored
 from pipeline.lease import ask_to_stop, lease_key
+from pipeline.placement import ClusterConfig
 from pipeline.progress import OnEpoch, OnNow, followed
 from pipeline.signals import on_signal
 from pipeline.storage import Store, sha256

@@ -4,7 +4,6 @@ SciPy takes 0.7 s to import, which only who judges should wait for.
 """
 
 from collections.abc import Callable
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -84,8 +83,7 @@ class Verdict(BaseModel):
     """All that a model's predictions of a test split say of it.
 
     Accuracy with its Wilson interval; loss is the mean negative log likelihood, in nats per image; Brier score, 0 to 2;
-    ECE, the expected calibration error (0 to 1), over 15 bins of equal width. `f1_by` is how the intervals of F1 were
-    found: in verdicts from before it was kept, from confusion matrices drawn anew.
+    ECE, the expected calibration error (0 to 1), over 15 bins of equal width.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -103,7 +101,6 @@ class Verdict(BaseModel):
     confusion: list[list[int]]
     confusions: list[Confusion]
     mistakes: list[Mistake]
-    f1_by: Literal["bootstrap", "wilson"] = "bootstrap"
 
 
 class Tally:
@@ -189,7 +186,6 @@ class Tally:
             confusion=self.confusion.tolist(),
             confusions=_confusions(self.confusion),
             mistakes=self.mistakes,
-            f1_by="wilson",
         )
 
 

@@ -98,7 +98,6 @@ class Published(BaseModel):
     run_id: str
     accuracy: float
     report: str
-    manifest: str
 
 
 def run_folder(run_id: str) -> str:
@@ -168,7 +167,6 @@ def publish(
         run_id=run_id,
         accuracy=evaluation.accuracy,
         report=store.locate(f"{folder}/report.html"),
-        manifest=store.locate(f"{folder}/manifest.json"),
     )
 
 

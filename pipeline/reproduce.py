@@ -9,9 +9,8 @@ from pipeline.artifacts import SAFETENSORS
 from pipeline.config import config_of
 from pipeline.errors import DataError
 from pipeline.evaluate import load_model
-from pipeline.progress import OnEpoch, OnNow
-from pipeline.publish import RunManifest, find_run, run_folder
-from pipeline.record import RunDataset, dataset_of, keep_dataset, read_record
+from pipeline.publish import find_run, run_folder
+from pipeline.record import dataset_of, keep_dataset, read_record
 from pipeline.storage import Store
 from pipeline.train import Training, find_training, staging
 
@@ -25,7 +24,6 @@ class Reproduction(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    run_id: str
     same: bool
     expected_sha256: str
     found_sha256: str
@@ -33,13 +31,7 @@ class Reproduction(BaseModel):
     differences: list[str]
 
 
-def reproduce(
-    store: Store,
-    run_id: str,
-    ray_address: str | None = None,
-    on_epoch: OnEpoch = lambda epoch: None,
-    on_now: OnNow = lambda now: None,
-) -> Reproduction:
+def reproduce(store: Store, run_id: str, ray_address: str | None = None) -> Reproduction:
     """Train with the parameters, the data and the number of workers of a run, under a name of its own, which is
     forgotten afterwards. DataError for a run whose training has not finished, or whose published model is another."""
     training = find_training(store, run_id)
@@ -59,11 +51,11 @@ def reproduce(
         "ray_address": ray_address,
     }
     try:
-        if dataset := dataset_of(store, run_id) or _published_dataset(published):
+        if dataset := dataset_of(store, run_id):
             keep_dataset(store, again, dataset)  # so it is read from the store, whatever has become of the source
         config = run.begin(config_of(given, run.RunConfig), again)
         manifest = run.shard(config, run.download(config))
-        second = run.train(config, manifest, on_epoch, on_now)
+        second = run.train(config, manifest)
         one = load_model(store, training.candidate, training.candidate_sha256).state_dict()
         other = load_model(store, second.candidate, second.candidate_sha256).state_dict()
         now = read_record(store, again)
@@ -71,7 +63,6 @@ def reproduce(
         store.delete(staging(again))
     before = record.versions | record.lineage | _places(training)
     return Reproduction(
-        run_id=run_id,
         same=training.candidate_sha256 == second.candidate_sha256,
         expected_sha256=training.candidate_sha256,
         found_sha256=second.candidate_sha256,
@@ -88,10 +79,3 @@ def _places(training: Training) -> dict[str, str]:
     """Where it trained: on what device, and on how many workers, of which there may have been others in between."""
     counts = {training.world_size, *(epoch.world_size for epoch in training.history)} - {0}
     return {"device": training.device, "workers": " and ".join(map(str, sorted(counts)))}
-
-
-def _published_dataset(published: RunManifest | None) -> RunDataset | None:
-    """Of runs of before they kept it, what was published says it."""
-    if published is None or not published.dataset_folder:
-        return None
-    return RunDataset(folder=published.dataset_folder, digest=published.dataset_digest)

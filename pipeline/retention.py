@@ -193,7 +193,10 @@ def remove(store: Store, found: Plan) -> Plan:
             if removal.whole and (held := holders.look().get(removal.run_id)):
                 kept[removal.run_id] = " and ".join(held)
                 continue
-            if removal.whole and _last_written(store, removal.run_id) > removal.active:
+            if (
+                removal.whole
+                and store.last_written(staging(removal.run_id), run_folder(removal.run_id)) > removal.active
+            ):
                 kept[removal.run_id] = "written of since this was planned"
                 continue
             for key in removal.steps:
@@ -204,12 +207,6 @@ def remove(store: Store, found: Plan) -> Plan:
         if any(removal.whole for removal in done):
             refresh_index(store)
     return Plan(removals=done, kept=kept, done=True)
-
-
-def _last_written(store: Store, run_id: str) -> datetime:
-    """When anything of the run was; the beginning of time if nothing is there."""
-    found = [file for folder in (staging(run_id), run_folder(run_id)) for file in store.listing(folder).values()]
-    return max((file.written for file in found), default=datetime.min.replace(tzinfo=UTC))
 
 
 def _whole(run_id: str) -> tuple[str, ...]:

@@ -26,12 +26,13 @@ from lenet.recipe import RECIPES
 from pipeline import imports
 from pipeline.artifacts import encode_onnx
 from pipeline.catalog import CATALOG
-from pipeline.cluster import AUTO, ClusterConfig, Workers, check_cluster, run_on_ray
+from pipeline.cluster import check_cluster, run_on_ray
 from pipeline.documents import find_document, keep_document
 from pipeline.download import check_source
 from pipeline.errors import ConfigError
 from pipeline.evaluate import Evaluation, Exported
 from pipeline.loader import LoadConfig
+from pipeline.placement import AUTO, ClusterConfig, Workers, local_resources
 from pipeline.predictions import read_predictions
 from pipeline.progress import Now, OnEpoch, OnNow
 from pipeline.promotion import Comparison, PromoteConfig
@@ -210,7 +211,7 @@ def train(
     store, run_id = open_store(config.storage), _run_id(config)
     # The first export takes 0.9 s longer than a second, whatever the weights.
     get_ready = cache(partial(imports.ahead, lambda: encode_onnx(LeNet(), 28)))
-    if pipeline.cluster.local_resources()["CPU"] > FEW_CORES:
+    if local_resources()["CPU"] > FEW_CORES:
         get_ready()
 
     def heard(now: Now) -> None:

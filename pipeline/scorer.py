@@ -21,11 +21,12 @@ import ray.data
 from pydantic import BaseModel, ConfigDict, ValidationError
 from ray._private.state import available_resources_per_node
 
-from pipeline.cluster import ClusterConfig, placeable, ray_session
+from pipeline.cluster import ray_session
 from pipeline.errors import ClusterError, DataError, StorageError, restored
 from pipeline.feed import Feed, Slice, Unit, read_unit
 from pipeline.metrics import Logits
 from pipeline.own import THREADS
+from pipeline.placement import ClusterConfig, placeable
 from pipeline.predict import Form, probabilities
 from pipeline.served import Served
 from pipeline.storage import LocalStore, Store, sha256

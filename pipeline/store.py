@@ -97,6 +97,11 @@ class Store:
         """All files under the folder `prefix`, those of writers that were killed too, at the cost of a listing."""
         raise NotImplementedError
 
+    def last_written(self, *folders: str) -> datetime:
+        """When anything in these folders was; the beginning of time if nothing is there."""
+        found = [file.written for folder in folders for file in self.listing(folder).values()]
+        return max(found, default=datetime.min.replace(tzinfo=UTC))
+
     def leftovers(self) -> list[str]:
         """Keys of what is no object: probes and temporary files of writers that were killed."""
         return [key for key in self.keys("") if key.startswith(".probe-")]

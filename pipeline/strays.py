@@ -51,7 +51,7 @@ def remove(store: Store, strays: list[Stray]) -> list[Stray]:
     """Delete them, but for what something leads to by now, or somebody has gone on with; what was deleted."""
     gone = []
     for whole, parts in groupby(strays, lambda stray: _belongs(stray.key)):
-        active = _last_written(store, whole)
+        active = store.last_written(*_folders(whole))
         for stray in parts:
             if active <= stray.active and (stray.unless is None or not store.exists(stray.unless)):
                 store.delete(stray.key)
@@ -99,11 +99,9 @@ def _belongs(key: str) -> str:
     return "/".join(["runs" if top == "staging" else top, *rest[:names]])
 
 
-def _last_written(store: Store, whole: str) -> datetime:
-    """When anything of what `_belongs` names was; the beginning of time if nothing is there."""
-    folders = [whole, f"staging/{whole.removeprefix('runs/')}"] if whole.startswith("runs/") else [whole]
-    found = [file.written for folder in folders for file in store.listing(folder).values()]
-    return max(found, default=datetime.min.replace(tzinfo=UTC))
+def _folders(whole: str) -> list[str]:
+    """Where all that `_belongs` calls so lies."""
+    return [whole, f"staging/{whole.removeprefix('runs/')}"] if whole.startswith("runs/") else [whole]
 
 
 def _by_folder(store: Store, prefix: str, depth: int) -> dict[str, list[str]]:

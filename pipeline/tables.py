@@ -83,33 +83,12 @@ def _schema(file: SourceFile) -> pa.Schema:
 
 
 def _check_schema(file: SourceFile, config: SourceConfig) -> None:
-    schema = _schema(file)
-    for option, column in (("image_column", config.image_column), ("label_column", config.label_column)):
-        if schema.names.count(column) != 1:
-            has = ", ".join(map(shown, schema.names)) or "none"
-            raise DataError(f"{shown(file.name)}: has no column {column!r} (but {has}); name it with {option}")
-    image, label = schema.field(config.image_column).type, schema.field(config.label_column).type
-    where, size = f"{shown(file.name)}, {config.image_column}", config.image_size
-    if not is_encoded(image):
-        if not is_raw(image):
-            raise DataError(f"{where}: {image} is not images; they have to be {IMAGES_ACCEPTED}")
-        if isinstance(image, pa.FixedShapeTensorType):
-            # A channel of 1 may stand anywhere, in how the values lie and in how they are meant.
-            axes = zip(image.shape, image.permutation or range(len(image.shape)), strict=True)
-            kept = [(side, axis) for side, axis in axes if side != 1]
-            if [side for side, _ in kept] != [size, size]:
-                raise DataError(f"{where}: tensors of shape {image.shape}, not {size}x{size}; {_other_size(size)}")
-            if kept[0][1] > kept[1][1]:
-                raise DataError(f"{where}: tensors with rows and columns exchanged; store them row by row")
-        elif pa.types.is_fixed_size_binary(image) and image.byte_width != size * size:
-            raise DataError(
-                f"{where}: {image.byte_width} pixels where {size}x{size} are {size * size}; {_other_size(size)}"
-            )
+    schema, where = _schema(file), shown(file.name)
+    check_images(schema, config.image_column, config.image_size, where, _other_size(config.image_size))
+    label = _column_type(schema, config.label_column, "label_column", where)
     plain = label.value_type if pa.types.is_dictionary(label) else label
     if not (pa.types.is_integer(plain) or _is_text(plain)):
-        raise DataError(
-            f"{shown(file.name)}, {config.label_column}: {label} is no label; it has to be integers or text"
-        )
+        raise DataError(f"{where}, {config.label_column}: {label} is no label; it has to be integers or text")
 
 
 def _read_labels(parts: dict[str, list[SourceFile]], column: str) -> tuple[tuple[str, ...], dict[str, Pixels]]:
@@ -232,6 +211,40 @@ def _decode(values: Any, size: int, pool: Executor, where: str, row: int) -> Bat
     return Batch(flat.to_numpy(zero_copy_only=False).reshape(-1, size, size), {})
 
 
+def check_images(schema: pa.Schema, column: str, size: int, where: str, resize: str) -> bool:
+    """Whether a column's images are encoded. Raises DataError for a column that is missing, or holds no images of size
+    x size as far as its type tells; `resize` is what to do about another size."""
+    kind = _column_type(schema, column, "image_column", where)
+    where = f"{where}, {column}"
+    if is_encoded(kind):
+        return True
+    if not _is_raw(kind):
+        raise DataError(f"{where}: {kind} is not images; they have to be {IMAGES_ACCEPTED}")
+    pixels = size * size
+    if pa.types.is_fixed_size_binary(kind):
+        pixels = kind.byte_width
+    elif pa.types.is_fixed_size_list(kind):
+        pixels = kind.list_size
+    elif isinstance(kind, pa.FixedShapeTensorType):
+        # A channel of 1 may stand anywhere, in how the values lie and in how they are meant.
+        axes = zip(kind.shape, kind.permutation or range(len(kind.shape)), strict=True)
+        kept = [(side, axis) for side, axis in axes if side != 1]
+        if [side for side, _ in kept] not in ([size, size], [size * size]):
+            raise DataError(f"{where}: tensors of shape {kind.shape}, not {size}x{size}; {resize}")
+        if kept[0][1] > kept[-1][1]:
+            raise DataError(f"{where}: tensors with rows and columns exchanged; store them row by row")
+    if pixels != size * size:
+        raise DataError(f"{where}: {pixels} pixels where {size}x{size} are {size * size}; {resize}")
+    return False
+
+
+def _column_type(schema: pa.Schema, column: str, option: str, where: str) -> pa.DataType:
+    if schema.names.count(column) != 1:
+        has = ", ".join(map(shown, schema.names)) or "none"
+        raise DataError(f"{where}: has no column {column!r} (but {has}); name it with {option}")
+    return schema.field(column).type
+
+
 def is_encoded(kind: pa.DataType) -> bool:
     """Whether a column of this type may hold encoded pictures."""
     if pa.types.is_struct(kind):
@@ -239,7 +252,7 @@ def is_encoded(kind: pa.DataType) -> bool:
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
 
-def is_raw(kind: pa.DataType) -> bool:
+def _is_raw(kind: pa.DataType) -> bool:
     """Whether a column of this type may hold raw uint8 pixels."""
     if isinstance(kind, pa.FixedShapeTensorType):
         return bool(kind.value_type == pa.uint8())

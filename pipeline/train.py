@@ -16,11 +16,12 @@ from torch import Tensor
 
 from lenet.model import LeNet, fold_standardise
 from pipeline.checkpoint import FILE_NAME, History, Position, encode_model, read_state
-from pipeline.cluster import ClusterConfig, ray_session
+from pipeline.cluster import ray_session
 from pipeline.documents import find_document, keep_document
 from pipeline.errors import DataError, PipelineError, Terminated, TrainingError
 from pipeline.lease import Hold, held, lease_key
 from pipeline.loader import LoadConfig, choose_loading
+from pipeline.placement import ClusterConfig
 from pipeline.progress import ENDED, OnEpoch, OnNow, WriteProgress, followed, tell_epochs
 from pipeline.recipe import TrainConfig
 from pipeline.shards import Manifest
@@ -46,7 +47,6 @@ class Training(BaseModel):
     history: History
     candidate: str
     candidate_sha256: str
-    parameters: int
     world_size: int
     device: str
     wall_seconds: float
@@ -146,7 +146,6 @@ def _train(
         history=position.history,
         candidate=key,
         candidate_sha256=digest,
-        parameters=sum(tensor.numel() for tensor in weights.values()),
         world_size=position.history[-1].world_size,
         device="gpu" if gpu else "cpu",
         # Of a run that was taken up again, at least what its epochs took.

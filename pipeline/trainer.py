@@ -36,8 +36,9 @@ from ray.train.v2.api.config import FailureConfig
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
 from pipeline import imports
-from pipeline.cluster import placeable, use_interface_of_ray
+from pipeline.cluster import use_interface_of_ray
 from pipeline.errors import PipelineError, Terminated
+from pipeline.placement import placeable
 from pipeline.signals import on_signal
 
 log = logging.getLogger(__name__)

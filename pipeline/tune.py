@@ -19,10 +19,11 @@ from ray.tune.schedulers import ASHAScheduler
 
 from lenet.recipe import Recipe
 from lenet.step import metrics_of
-from pipeline.cluster import ClusterConfig, ray_session
+from pipeline.cluster import ray_session
 from pipeline.errors import PipelineError, TrainingError
 from pipeline.loader import Place, ResidentLoader, augmented
 from pipeline.memory import keep_memory
+from pipeline.placement import ClusterConfig
 from pipeline.recipe import Hyperparameter, TuneConfig, varied
 from pipeline.shards import Manifest
 from pipeline.signals import ended_by_sigterm

@@ -26,6 +26,7 @@ from hypothesis import settings
 from xdist.scheduler import LoadFileScheduling
 
 from flows.server import past_proxies
+from infra.stack import ONLY_S3
 from pipeline.download import SourceConfig, fetch
 from pipeline.errors import DataError, PipelineError
 from pipeline.idx import Pixels
@@ -130,9 +131,7 @@ class S3Server:
     def _started(self) -> bool:
         die_with_parent = ["setpriv", "--pdeathsig", "KILL"] if shutil.which("setpriv") else []
         weed = str(Path(sys.executable).with_name("weed"))
-        # Nothing but S3: no telemetry, WebDAV, Iceberg or Lance, and no bucket that comes into being by a PUT.
-        options = ["-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-master.telemetry=false", "-admin.ui=false", "-webdav=false"]
-        options += ["-s3.port.iceberg=0", "-s3.port.lance=0", "-s3.autoCreateBucket=false"]
+        options = ["-ip=127.0.0.1", "-ip.bind=127.0.0.1", *ONLY_S3]
         options += [f"-{name}={port}" for name, port in self._ports.items()]
         with (self.folder / "log").open("wb") as log:
             self._process = subprocess.Popen(

@@ -15,10 +15,11 @@ from typing import Annotated, Any
 import torch
 from cyclopts import App, Parameter
 
-from pipeline.cluster import ClusterConfig, ray_session
+from pipeline.cluster import ray_session
 from pipeline.download import SourceConfig, fetch
 from pipeline.evaluate import evaluate, export
 from pipeline.loader import LoadConfig
+from pipeline.placement import ClusterConfig
 from pipeline.recipe import TrainConfig
 from pipeline.sharding import ShardConfig, write_shards
 from pipeline.source import open_source

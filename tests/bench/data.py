@@ -26,9 +26,10 @@ from textbook import BATCH, link_raw_files
 from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
 
-from pipeline.cluster import RAY_TRAIN_SETTINGS, ClusterConfig
+from pipeline.cluster import RAY_TRAIN_SETTINGS
 from pipeline.download import SourceConfig, fetch
 from pipeline.loader import LoadConfig, Loading, Place, open_loader
+from pipeline.placement import ClusterConfig
 from pipeline.recipe import TrainConfig
 from pipeline.sharding import ShardConfig, write_shards
 from pipeline.shards import Manifest, read_rows

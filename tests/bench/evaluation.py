@@ -17,9 +17,10 @@ from cyclopts import App, Parameter
 from lenet.recipe import RECIPES
 from pipeline.artifacts import FORMS
 from pipeline.checkpoint import EpochMetrics, encode_model
-from pipeline.cluster import ClusterConfig, run_on_ray
+from pipeline.cluster import run_on_ray
 from pipeline.download import SourceConfig, fetch
 from pipeline.evaluate import evaluate, export
+from pipeline.placement import ClusterConfig
 from pipeline.promotion import Comparison
 from pipeline.publish import publish
 from pipeline.sharding import ShardConfig, write_shards
@@ -39,7 +40,7 @@ def untrained(store: Store, run_id: str) -> Training:
     store.put(key, candidate)
     epoch = EpochMetrics(epoch=1, train_loss=2.3, train_accuracy=0.1, held_out_loss=2.3, held_out_accuracy=0.1,
                          seconds=1.0, images_per_second=1.0, world_size=1)  # fmt: skip
-    return Training(history=[epoch], candidate=key, candidate_sha256=sha256(candidate), parameters=61_706, world_size=1,
+    return Training(history=[epoch], candidate=key, candidate_sha256=sha256(candidate), world_size=1,
                     device="cpu", wall_seconds=1.0, finished=datetime.now(UTC))  # fmt: skip
 
 

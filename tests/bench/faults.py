@@ -42,7 +42,7 @@ app = App(help=__doc__)
 
 DRIVER = f"""
 import sys
-from pipeline.cluster import ClusterConfig
+from pipeline.placement import ClusterConfig
 from pipeline.loader import LoadConfig
 from pipeline.recipe import TrainConfig
 from pipeline.shards import require_manifest

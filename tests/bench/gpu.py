@@ -26,9 +26,9 @@ from lenet.augment import Augment, augment, draws
 from lenet.recipe import RECIPES, Recipe
 from lenet.step import GraphedGradient
 from pipeline.checkpoint import EpochMetrics
-from pipeline.cluster import ClusterConfig
 from pipeline.download import SourceConfig, fetch
 from pipeline.loader import LoadConfig, Loading, Place, augmented, open_loader
+from pipeline.placement import ClusterConfig
 from pipeline.recipe import TrainConfig
 from pipeline.sharding import ShardConfig, write_shards
 from pipeline.shards import Manifest, read_rows

@@ -20,8 +20,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import App, Parameter
-from network import kill, network
-from programs import URL, Cluster, wait_for
 
 from pipeline.checkpoint import decode_model
 from pipeline.config import config_of
@@ -31,6 +29,8 @@ from pipeline.publish import verify_run
 from pipeline.run import DataConfig, prepare
 from pipeline.storage import S3_OUTAGE_S, Store, open_store
 from pipeline.train import find_training, staging
+from tests.bench.network import kill, network
+from tests.bench.programs import URL, Cluster, wait_for
 
 ROOT = Path(__file__).parents[2]
 UNDISTURBED = "undisturbed"

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from network import Host
 
+from infra.stack import ONLY_S3
 from pipeline.errors import StorageError
 from pipeline.storage import open_store
+from tests.bench.network import Host
 
 BIN = Path(sys.executable).parent
 BUCKET, URL = "lenet", "s3://lenet/store"
@@ -67,8 +68,7 @@ class Cluster:
         """All of them; the deployments too. Back when each answers."""
         (self.servers.kept / "s3").mkdir()
         mini = [str(BIN / "weed"), "mini", f"-dir={self.own / 's3'}", f"-ip={self.servers.address}"]
-        mini += [f"-ip.bind={self.servers.address}", "-master.telemetry=false", "-admin.ui=false", "-webdav=false"]
-        mini += ["-s3.port=8333", "-s3.port.iceberg=0", "-s3.port.lance=0", "-s3.autoCreateBucket=false"]
+        mini += [f"-ip.bind={self.servers.address}", "-s3.port=8333", *ONLY_S3]
         self.servers.start("s3", mini, self.env)
         self.start_server()
         self.start_ray()

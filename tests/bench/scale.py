@@ -21,9 +21,10 @@ import torch
 from cyclopts import App, Parameter
 
 from lenet.augment import Augment, augment
-from pipeline.cluster import ClusterConfig, run_on_ray
+from pipeline.cluster import run_on_ray
 from pipeline.download import SourceConfig, fetch
 from pipeline.loader import LoadConfig
+from pipeline.placement import ClusterConfig
 from pipeline.recipe import TrainConfig
 from pipeline.sharding import ShardConfig, write_shards
 from pipeline.shards import Manifest

@@ -23,11 +23,12 @@ import torch.multiprocessing as mp
 from cyclopts import App, Parameter
 
 from lenet.recipe import RECIPES
-from pipeline.cluster import LOCAL_RAY_SETTINGS, ClusterConfig
+from pipeline.cluster import LOCAL_RAY_SETTINGS
 from pipeline.collective import BackendSum, SharedSum
 from pipeline.download import SourceConfig, fetch
 from pipeline.loader import LoadConfig
 from pipeline.memory import keep_memory
+from pipeline.placement import ClusterConfig
 from pipeline.recipe import TrainConfig
 from pipeline.sharding import ShardConfig, write_shards
 from pipeline.shards import Manifest, read_rows

@@ -9,44 +9,20 @@ import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
-from uuid import UUID, uuid4
+from uuid import UUID
 
 import pytest
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas.objects import FlowRun, State
+from prefect.client.schemas.objects import State
 from prefect.events import emit_event
 from prefect.events.filters import EventFilter, EventNameFilter
 from prefect.states import AwaitingRetry, Cancelled, Cancelling, Crashed, Pending, Running, Suspended
 from prefect.variables import Variable
 
-from flows.caretaker import (
-    FORGOTTEN,
-    HEARD_AGAIN,
-    LIVES,
-    NOT_BEGUN,
-    SETTLED,
-    SILENT,
-    TAG,
-    UNHEARD,
-    Crash,
-    begin_again,
-    bury,
-    cancel,
-    cancelled_at,
-    find_crashed,
-    give_up,
-    revive,
-    stop_left,
-    suspend,
-    to_cancel,
-    to_give_up,
-    to_revive,
-    to_suspend,
-    unbegun,
-)
-from flows.train_lenet import name_run, train_lenet
+from flows.caretaker import NOT_BEGUN, SILENT, begin_again, bury, cancel, give_up, revive, stop_left, suspend
+from flows.crashes import HEARD_AGAIN, LIVES, SETTLED, TAG, UNHEARD, cancelled_at, find_crashed
+from flows.train_lenet import train_lenet
 from pipeline import run
-from pipeline.run import RunConfig
 from tests.conftest import free_ports, wait_for
 
 ROOT = Path(__file__).parents[2]
@@ -248,64 +224,6 @@ def test_what_is_heard_again_is_not_taken_up_while_it_lives() -> None:
         assert [found.run.id for found in find_crashed(client, beat.occurred + HEARD_AGAIN)] == [silent]
         later = beat.occurred + HEARD_AGAIN + timedelta(seconds=1)
         assert set(revive(client, find_crashed(client, later), later)) == {silent, living}
-
-
-def test_what_becomes_of_a_crash_depends_on_all_that_was_before_it() -> None:
-    now, moment = datetime.now(UTC), timedelta(seconds=1)
-    scheduled, crash = [AwaitingRetry(), Pending(), Running()], Crashed()
-
-    def crashed(lives: int, *before: State[Any], ago: timedelta = SETTLED) -> Crash:
-        run = FlowRun(flow_id=uuid4(), deployment_id=uuid4(), run_count=lives, state=Crashed(timestamp=now - ago))
-        return Crash(run, [*before, crash])
-
-    good = [
-        crashed(1, *scheduled),
-        crashed(LIVES - 1, *scheduled, crash, *scheduled, crash, *scheduled),
-        crashed(1, *scheduled, ago=FORGOTTEN),
-        crashed(1, *scheduled, Cancelling(), Cancelled(), *scheduled),  # somebody has thought better of it
-        crashed(1, *scheduled, Suspended(), *scheduled),  # somebody has resumed it
-        crashed(0, AwaitingRetry(), Pending()),
-        crashed(0, AwaitingRetry(), Pending(), crash),
-    ]
-    hopeless = [
-        crashed(LIVES, *scheduled),
-        crashed(LIVES + 1, *scheduled),
-        crashed(1, *scheduled, ago=FORGOTTEN + moment),
-        crashed(0, AwaitingRetry(), Pending(), ago=FORGOTTEN + moment),
-        crashed(0, AwaitingRetry(), Pending(), crash, AwaitingRetry(), Pending()),
-    ]
-    cancelled = [
-        crashed(lives, *scheduled, *way, ago=ago)
-        for lives in (1, LIVES)
-        for way in ([Cancelling()], [Cancelled()], [Cancelling(), Cancelled(), crash])
-        for ago in (SETTLED, FORGOTTEN + moment)
-    ]
-    suspended = [
-        crashed(lives, *scheduled, Suspended(), *again, ago=ago)
-        for lives in (1, LIVES)
-        for again in ([], [crash])
-        for ago in (SETTLED, FORGOTTEN + moment)
-    ]
-    every = [*cancelled, *suspended, *good, *hopeless]
-    assert to_revive(every, now) == [found.run.id for found in good]
-    assert to_give_up(every, now) == [found.run for found in hopeless]
-    assert to_suspend(every) == suspended
-    assert to_cancel(every) == [found.run.id for found in cancelled]
-
-
-def test_a_cancellation_and_beginnings_in_vain_count_from_when_it_was_scheduled_and_ran_last() -> None:
-    first, second = Cancelling(), Cancelled()
-    assert cancelled_at([AwaitingRetry(), Running(), first, Crashed(), second]) == first.timestamp
-    assert cancelled_at([Cancelled(), AwaitingRetry(), Running(), second]) == second.timestamp
-    assert cancelled_at([Cancelled(), AwaitingRetry()]) is None
-    assert unbegun([AwaitingRetry(), Running(), Crashed(), AwaitingRetry(), Pending(), AwaitingRetry()]) == 2
-
-
-@pytest.mark.parametrize("recipe", ["modern", "./mine/Tuned on müde.json", f"/{'x' * 99}.json"])
-def test_a_run_without_a_name_gets_one_that_can_be_asked_for_again(recipe: str) -> None:
-    parameters = {"dataset": "d" * 64, "recipe": recipe}
-    run_id = name_run(parameters, datetime.now(UTC), uuid4())
-    assert RunConfig.model_validate({"run_id": run_id}).run_id == run_id
 
 
 def test_without_a_server_to_look_after_it_says_so_in_a_line(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from prefect.server.events.schemas.automations import EventTrigger
 from prefect.server.events.schemas.events import ReceivedEvent
 from prefect.types._datetime import now
 
-from flows.caretaker import HEARD_AGAIN, UNHEARD
+from flows.crashes import HEARD_AGAIN, UNHEARD
 from flows.predict_lenet import predict_lenet
 from flows.retention import retention
 from flows.server import SETTINGS

@@ -14,12 +14,14 @@ from pipeline.progress import LOG
 from pipeline.shards import Manifest
 from pipeline.storage import Store
 from pipeline.train import find_training, staging
+from tests.bench.network import network
+from tests.bench.programs import Cluster
 
 ROOT = Path(__file__).parents[2]
 # Long enough that the workers, who tell what they log a tenth of a second later, have told where they are.
 DRIVER = """
 import sys
-from pipeline.cluster import ClusterConfig
+from pipeline.placement import ClusterConfig
 from pipeline.loader import LoadConfig
 from pipeline.recipe import TrainConfig
 from pipeline.shards import require_manifest
@@ -44,14 +46,9 @@ def test_workers_on_two_hosts_find_each_other(
     short_folder: Path,
     local_store: Store,
     small_manifest: Callable[[Store], Manifest],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if os.geteuid() != 0:
         pytest.fail("network namespaces need root; `make test` leaves this test out where it cannot run")
-    monkeypatch.syspath_prepend(ROOT / "tests" / "bench")
-    from network import network
-    from programs import Cluster
-
     manifest = small_manifest(local_store)
     with network(4, short_folder, ROOT) as hosts:
         cluster = Cluster(hosts, short_folder, soon=False)

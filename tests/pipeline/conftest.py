@@ -225,7 +225,7 @@ def trained(
         store.put(key, candidate)
         epoch = EpochMetrics(epoch=1, train_loss=2.3, train_accuracy=0.1, held_out_loss=2.3, held_out_accuracy=0.1,
                              seconds=1.0, images_per_second=600.0, world_size=2)  # fmt: skip
-        training = Training(history=[epoch], candidate=key, candidate_sha256=sha256(candidate), parameters=61_706,
+        training = Training(history=[epoch], candidate=key, candidate_sha256=sha256(candidate),
                             world_size=2, device="cpu", wall_seconds=1.0, finished=finished)  # fmt: skip
         every_form = {SAFETENSORS: candidate, **forms(model)}
         for name, data in every_form.items():

@@ -18,9 +18,10 @@ from PIL import Image
 
 from pipeline import scorer
 from pipeline.batch import PredictConfig, _content, _publish, _work, predict_batch, read_manifest, render_batch
-from pipeline.cluster import ClusterConfig, ray_session
+from pipeline.cluster import ray_session
 from pipeline.errors import ConfigError, DataError, PipelineError, StorageError
 from pipeline.feed import find_feed
+from pipeline.placement import ClusterConfig
 from pipeline.predict import predict_pictures
 from pipeline.scorer import PREDICTIONS, Answer, Job, Part, Predicted, Scorer, schema_of
 from pipeline.served import open_model

@@ -24,10 +24,10 @@ from ray.util.placement_group import placement_group, remove_placement_group
 import pipeline.train
 import pipeline.worker
 from pipeline.checkpoint import FILE_NAME, EpochMetrics, decode_model, read_state
-from pipeline.cluster import ClusterConfig
 from pipeline.errors import ClusterError, ConfigError, Terminated
 from pipeline.lease import ask_to_stop, lease_key
 from pipeline.loader import LoadConfig, Place, ResidentLoader
+from pipeline.placement import ClusterConfig
 from pipeline.recipe import TrainConfig
 from pipeline.shards import Manifest
 from pipeline.storage import Store, open_store
@@ -273,7 +273,7 @@ def test_a_range_of_workers_starts_with_those_there_is_room_for_and_grows(
 
 
 DRIVER = """
-from pipeline.cluster import ClusterConfig
+from pipeline.placement import ClusterConfig
 from pipeline.loader import LoadConfig, Place, ResidentLoader
 from pipeline.recipe import TrainConfig
 from pipeline.shards import require_manifest

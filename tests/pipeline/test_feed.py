@@ -261,11 +261,14 @@ def test_a_name_that_is_no_text_is_read_like_any_other(tmp_path: Path, images: P
     ("column", "complaint"),
     [
         (pa.array(["a", "b"]), "large.parquet, image: string is not images; they have to be encoded PNG or JPEG"),
-        (pa.array([b"1" * 100] * 2, pa.binary(100)), "image: 100 pixels where the model's 28x28 are 784; give encoded"),
-        (pa.array([[1] * 9] * 2, pa.list_(pa.uint8(), 9)), "image: 9 pixels where the model's 28x28 are 784;"),
+        (pa.array([b"1" * 100] * 2, pa.binary(100)), "image: 100 pixels where 28x28 are 784; give encoded"),
+        (pa.array([[1] * 9] * 2, pa.list_(pa.uint8(), 9)), "image: 9 pixels where 28x28 are 784;"),
         (tensors(np.zeros((2, 32, 32), np.uint8)), "image: tensors of shape [32, 32], not 28x28; give encoded"),
         (tensors(np.zeros((2, 4, 14, 14), np.uint8)), "image: tensors of shape [4, 14, 14], not 28x28;"),
-        (tensors(np.zeros((28, 28, 2), np.uint8).T), "image: tensors with axes exchanged; store them row by row"),
+        (
+            tensors(np.zeros((28, 28, 2), np.uint8).T),
+            "image: tensors with rows and columns exchanged; store them row by row",
+        ),
     ],
 )
 def test_a_column_that_does_not_fit_is_refused(tmp_path: Path, column: pa.Array, complaint: str) -> None:

@@ -206,7 +206,7 @@ def test_what_is_damaged_or_gone_is_left_out(
     write_index(store)
     assert index(store).links == ["runs/good/report.html"]
     assert [
-        record.getMessage().partition(": is ")[0] for record in caplog.records if record.levelname == "WARNING"
+        record.getMessage().partition(": damaged")[0] for record in caplog.records if record.levelname == "WARNING"
     ] == [store.locate("runs/damaged/manifest.json")]
 
 

@@ -13,9 +13,9 @@ import pytest
 import ray
 
 from pipeline.checkpoint import FILE_NAME, EpochMetrics, read_state
-from pipeline.cluster import ClusterConfig
 from pipeline.errors import StorageError
 from pipeline.loader import LoadConfig
+from pipeline.placement import ClusterConfig
 from pipeline.progress import PROGRESS
 from pipeline.recipe import TrainConfig
 from pipeline.shards import Manifest

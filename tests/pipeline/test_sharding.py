@@ -16,8 +16,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.cluster import ClusterConfig, run_on_ray
+from pipeline.cluster import run_on_ray
 from pipeline.errors import DataError
+from pipeline.placement import ClusterConfig
 from pipeline.sharding import (
     Part,
     ShardConfig,

@@ -49,6 +49,7 @@ LAYOUTS: dict[str, Callable[[Pixels], pa.Array]] = {
     "fixed_size_list": lambda images: pa.array([image.ravel() for image in images], pa.list_(pa.uint8(), 784)),
     "tensor": tensors,
     "tensor-with-channel": lambda images: tensors(images[:, None]),
+    "tensor-of-pixels": lambda images: tensors(images.reshape(-1, 784)),
 }
 
 

@@ -26,12 +26,12 @@ import pipeline.worker
 from lenet.recipe import RECIPES
 from lenet.step import evaluate_step, metrics_of
 from pipeline.checkpoint import FILE_NAME, EpochMetrics, decode_model, read_state
-from pipeline.cluster import ClusterConfig
 from pipeline.errors import DataError, Terminated
 from pipeline.idx import Pixels
 from pipeline.lease import Lease, lease_key, read_lease
 from pipeline.loader import LoadConfig, Loading
 from pipeline.order import permutation
+from pipeline.placement import ClusterConfig
 from pipeline.recipe import TrainConfig
 from pipeline.sharding import ShardConfig, write_shards
 from pipeline.shards import Manifest, read_rows
@@ -111,7 +111,6 @@ def test_two_workers_compute_what_a_plain_loop_computes(
     assert training is not None
     np.testing.assert_allclose([epoch.train_loss for epoch in training.history], losses, rtol=1e-5)
     assert [epoch.epoch for epoch in training.history] == list(range(1, 13))
-    assert training.parameters == 61_706
 
 
 @pytest.fixture(scope="module")
@@ -188,7 +187,7 @@ def damage_the_newest(store: Store, run_id: str) -> int:
 def kill_in_mid_epoch(store: Store, run_id: str, manifest: Manifest, workers: int, checkpoints: int) -> None:
     """Start a streaming training in a process of its own, and SIGKILL it when it has kept so many checkpoints."""
     script = f"""
-from pipeline.cluster import ClusterConfig
+from pipeline.placement import ClusterConfig
 from pipeline.lease import Lease, lease_key, read_lease
 from pipeline.loader import LoadConfig, Loading, Place
 from pipeline.shards import require_manifest

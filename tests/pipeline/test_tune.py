@@ -12,8 +12,8 @@ import torch
 
 import pipeline.tune
 from lenet.recipe import RECIPES
-from pipeline.cluster import ClusterConfig
 from pipeline.errors import DataError, PipelineError, Terminated, TrainingError
+from pipeline.placement import ClusterConfig
 from pipeline.recipe import TrainConfig, TuneConfig, encode_recipe, varied
 from pipeline.sharding import ShardConfig, write_shards
 from pipeline.shards import Manifest

@@ -232,21 +232,6 @@ def test_a_report_of_before_duplicates_were_told_is_sound(store: Store, url: str
 
 
 @on_disk
-def test_intervals_that_were_drawn_are_not_said_to_be_proven(store: Store, url: str) -> None:
-    """By code of before, which did not say so either."""
-
-    def drawn(evaluation: Any) -> None:
-        del evaluation["f1_by"]
-        evaluation["classes"][3]["f1_interval"]["low"] -= 0.01
-
-    edit_report(store, drawn)
-    edit_manifest(store, made_by="")
-    lines = [found.line for found in verify(url)]
-    assert lines[1].endswith(" first, but for the intervals of F1, which were drawn")
-    assert lines[-1] == "report.html and README.md: not compared, other versions than these here have written the run"
-
-
-@on_disk
 @pytest.mark.parametrize("part", ["forms", "predictions"])
 @pytest.mark.parametrize("edit", [dict.clear, lambda parts: parts.update(other=next(iter(parts.values())))])
 def test_forms_and_predictions_that_the_manifest_does_not_name_are_found(

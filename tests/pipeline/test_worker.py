@@ -16,9 +16,9 @@ from lenet.optimize import Optimization
 from lenet.recipe import RECIPES
 from lenet.step import PlainGradient, evaluate_step, flatten, metrics_of
 from pipeline.checkpoint import FILE_NAME, Position, decode_model, encode_model, read_state
-from pipeline.cluster import ClusterConfig
 from pipeline.errors import TrainingError
 from pipeline.loader import LoadConfig, Place, ResidentLoader
+from pipeline.placement import ClusterConfig
 from pipeline.recipe import TrainConfig
 from pipeline.shards import Manifest, read_rows
 from pipeline.storage import Store, open_store
