@@ -174,7 +174,7 @@ def _write_version(store: Store, source: Source, folder: str, config: ShardConfi
     if report.pixel_std == 0:
         raise DataError(f"{facts.dataset}: all pixels to train on have the same value; look at the images")
     manifest = Manifest(
-        format_version=2,
+        format_version=FORMAT_VERSION,
         dataset=facts.dataset,
         folder=folder,
         image_shape=facts.image_shape,

@@ -9,7 +9,7 @@ import json
 import logging
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Literal
+from typing import Final, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +22,7 @@ from pipeline.storage import Store, sha256
 
 log = logging.getLogger(__name__)
 
-FORMAT_VERSION = 2
+FORMAT_VERSION: Final = 2
 # Row groups of about 4 MB: small enough to stream, large enough to compress.
 ROW_GROUP_BYTES = 4_000_000
 READ_THREADS = 4
