@@ -24,8 +24,7 @@ if TYPE_CHECKING:
 
 Invert = Literal["auto", "yes", "no"]
 # As pictures were made into what the model was trained on, if it was trained on pictures.
-AS_TRAINED: Literal["as trained"] = "as trained"
-Form = Literal[Invert, "as trained"]
+Form = Literal[Invert, "as trained", "as trained, inverted"]
 Name = TypeVar("Name")
 Probabilities = npt.NDArray[np.float64]
 LONGEST = math.isqrt(MAX_PIXELS)
@@ -94,8 +93,9 @@ def prepare_picture(encoded: Path | bytes, size: int, form: Form = "auto") -> Pr
     """
     grey = open_picture(encoded, lift=form == "auto")
     before = None if grey.size == (size, size) else (grey.height, grey.width)
-    if form == AS_TRAINED:
-        return Prepared(stretched(grey, size), False, before)
+    if form in ("as trained", "as trained, inverted"):
+        pixels, inverted = stretched(grey, size), form == "as trained, inverted"
+        return Prepared(_inverted(pixels) if inverted else pixels, inverted, before)
     pixels = np.asarray(grey, np.uint8)
     ring = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
     background = float(np.median(ring))

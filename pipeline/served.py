@@ -10,7 +10,7 @@ from pipeline.errors import DataError
 from pipeline.idx import Pixels
 from pipeline.metrics import Logits
 from pipeline.pictures import CONVERSION
-from pipeline.predict import AS_TRAINED, Form, Invert
+from pipeline.predict import Form, Invert
 from pipeline.promotion import PromoteConfig
 from pipeline.publish import require_run, run_folder
 from pipeline.registry import (
@@ -43,7 +43,9 @@ class Served:
 
     def form(self, invert: Invert) -> Form:
         """How to make a picture what the model was trained on, if that is asked of it."""
-        return AS_TRAINED if self.of_pictures and invert == "auto" else invert
+        if not self.of_pictures:
+            return invert
+        return "as trained, inverted" if invert == "yes" else "as trained"
 
     def predict(self, images: Pixels) -> Logits:
         """Logits float32 (b, n_classes) of images uint8 (b, height, width)."""

@@ -245,7 +245,10 @@ def test_a_model_of_pictures_takes_pictures_as_it_was_trained_and_evaluated_on_t
     (part,) = Scorer(job).answer(feed.units[0]).parts
     table = pq.read_table(pa.BufferReader(job.output.read(f"{job.folder}/{part.name}")))
     assert np.array_equal(table["predicted"], kept.predicted)
-    assert all(one.inverted for one in predict_pictures(served, paths, "yes"))  # it can be overruled
+    turned = predict_pictures(served, paths, "yes")  # it can be overruled
+    assert all(one.inverted for one in turned)
+    logits = served.predict(np.stack([255 - decode_picture(path, 28) for path in paths]))
+    np.testing.assert_allclose([one.probabilities for one in turned], probabilities(logits), atol=1e-6)
 
 
 def test_probabilities_of_large_logits_are_finite() -> None:
