@@ -4,6 +4,7 @@ import io
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw
 
 from pipeline.idx import Pixels
@@ -12,6 +13,7 @@ from pipeline.shards import Manifest, read_shard
 from pipeline.storage import Store
 
 LABEL_WIDTH, GAP = 180, 2  # pixels, in the picture
+WHITE = 255
 
 
 @dataclass(frozen=True)
@@ -47,15 +49,20 @@ def contact_sheet(store: Store, manifest: Manifest, samples: int) -> list[Sample
 
 def render_png(manifest: Manifest, sheet: list[Samples]) -> bytes:
     """One picture, a row for each class: its name and number of training images, then the samples."""
+    from torchvision.utils import make_grid  # 1.8 s, which a page does without
+
     height, width = manifest.image_shape
     most = max(len(samples.images) for samples in sheet)
-    picture = Image.new("L", (LABEL_WIDTH + most * (width + GAP), len(sheet) * (height + GAP)), 255)
+    cells = np.full((len(sheet), most, 1, height, width), WHITE, np.uint8)
+    for row, samples in zip(cells, sheet, strict=True):
+        row[: len(samples.images), 0] = samples.images
+    grid = make_grid(torch.from_numpy(cells).flatten(0, 1), nrow=most, padding=GAP, pad_value=WHITE)[0]
+    picture = Image.new("L", (LABEL_WIDTH + grid.shape[1], grid.shape[0]), WHITE)
+    picture.paste(Image.fromarray(grid.numpy()), (LABEL_WIDTH, 0))
     draw = ImageDraw.Draw(picture)
-    for row, samples in enumerate(sheet):
-        top = row * (height + GAP)
+    for number, samples in enumerate(sheet):
+        top = GAP + number * (height + GAP)
         draw.text((4, top + height // 3), f"{samples.name[:18]}  {samples.counts['train']:,}", fill=0)
-        for column, image in enumerate(samples.images):
-            picture.paste(Image.fromarray(image), (LABEL_WIDTH + column * (width + GAP), top))
     sink = io.BytesIO()
     picture.save(sink, "PNG")
     return sink.getvalue()
