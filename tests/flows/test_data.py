@@ -73,7 +73,7 @@ def test_the_published_dataset_from_source_to_page(lenet: Lenet, tmp_path: Path)
     assert "<h1>fashion-mnist</h1>" in (tmp_path / "fashion-mnist.html").read_text()
     shown = lenet("show", "fashion-mnist", "--output", "sheet.png", "--samples", "5")
     assert shown.code == 0
-    assert Image.open(tmp_path / "sheet.png").size == (180 + 5 * 30, 300)
+    assert Image.open(tmp_path / "sheet.png").size == (180 + 5 * 30 + 2, 302)
 
     shard = next((tmp_path / "store").rglob("train-00002-*.parquet"))
     shard.write_bytes(shard.read_bytes()[:-1])
