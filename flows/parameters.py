@@ -9,7 +9,6 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from pipeline.config import allowed
-from pipeline.recipe import RECIPE_VALUES
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -25,11 +24,12 @@ def with_parameters(
 
     def decorate(function: Function) -> Function:
         parameters, lines = [], [inspect.cleandoc(function.__doc__ or ""), "", "Args:"]
+        of_recipe = getattr(config, "of_recipe", ())  # with pipeline.recipe comes torch, which `make up` does without
         for name, field in config.model_fields.items():
             text = str(field.description)
             if allowed(name, config):
                 text += f" Takes {allowed(name, config)}."
-            if name in RECIPE_VALUES and field.default is None:
+            if name in of_recipe and field.default is None:
                 text += " The recipe's own if not given."
             annotation = annotate(field, text)
             parameters.append(

@@ -1,10 +1,10 @@
 """The recipe of a run: one by name or from a file, and the values given in place of its own."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, with_config
 
@@ -19,7 +19,6 @@ Hyperparameter = Literal[
 for _part in (Augment, Recipe):
     with_config(extra="forbid")(_part)  # a misspelt value in a file is not passed over
 _RECIPE = TypeAdapter(Recipe)
-RECIPE_VALUES = {field.name for part in (Recipe, Augment) for field in fields(part)}
 
 
 def find_recipe(name: str) -> Recipe:
@@ -65,9 +64,10 @@ def _known_recipe(name: str) -> str:
 
 
 class RecipeConfig(BaseModel):
-    """What the weights become. A value that is not given is the recipe's own."""
+    """What the weights become. A value that is not given is the recipe's own: it is one of `of_recipe`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+    of_recipe: ClassVar[Set[str]] = {field.name for part in (Recipe, Augment) for field in fields(part)}
 
     recipe: Annotated[str, AfterValidator(_known_recipe)] = Field(
         "seed",

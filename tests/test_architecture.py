@@ -97,6 +97,11 @@ def test_what_is_imported_late_is_there_and_not_imported_early() -> None:
         assert importlib.util.find_spec(name) is not None
 
 
+def test_the_local_stack_starts_without_what_trains() -> None:
+    script = "import sys, infra.__main__; assert not {'torch', 'ray', 'prefect'} & {*sys.modules}"
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
+
+
 @pytest.mark.parametrize(("token", "left"), [("another", []), (RAY_TOKEN, OWN)], ids=["test", "worker"])
 def test_nothing_of_a_developers_own_reaches_a_test_and_a_ray_worker_of_a_test_keeps_what_it_has(
     token: str, left: list[str]

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from flows.cli import main
-from pipeline.recipe import RECIPE_VALUES
 from pipeline.run import RunConfig
 
 
@@ -91,7 +90,7 @@ def test_help_shows_every_parameter_with_its_bounds_and_what_it_is_if_not_given(
     text = help_of("train", capsys)
     assert "--epochs Passes over the training set. Takes a number from 1 to 10000. The recipe's own if" in text
     assert "--shift Pixels by which to shift training images at most. Takes a number from 0 to 16. The recipe's" in text
-    assert text.count("The recipe's own if not given.") == len(RECIPE_VALUES & RunConfig.model_fields.keys())
+    assert text.count("The recipe's own if not given.") == len(RunConfig.of_recipe & RunConfig.model_fields.keys())
     assert "--gpu Give each worker a GPU: yes, no, or auto (" in text
     assert "choices:" not in text, "it says so twice"
     assert "[default: ./store]" in text
