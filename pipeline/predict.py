@@ -93,32 +93,31 @@ def prepare_picture(encoded: Path | bytes, size: int, form: Form = "auto") -> Pr
     """
     grey = open_picture(encoded, lift=form == "auto")
     before = None if grey.size == (size, size) else (grey.height, grey.width)
-    if form in ("as trained", "as trained, inverted"):
-        pixels, inverted = stretched(grey, size), form == "as trained, inverted"
-        return Prepared(_inverted(pixels) if inverted else pixels, inverted, before)
-    pixels = np.asarray(grey, np.uint8)
-    ring = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
-    background = float(np.median(ring))
-    # A light border is a light background, but for 2 of Fashion-MNIST's 70,000 images.
-    inverted = form == "yes" or (form == "auto" and background > MIDDLE)
-    if before is None:
-        return Prepared(_inverted(pixels) if inverted else pixels, inverted, None)
+    inverted = form in ("yes", "as trained, inverted")
+    if form not in ("as trained", "as trained, inverted"):
+        pixels = np.asarray(grey, np.uint8)
+        background = float(np.median(np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])))
+        # A light border is a light background, but for 2 of Fashion-MNIST's 70,000 images.
+        inverted = inverted or (form == "auto" and background > MIDDLE)
+        grey = _squared(grey, round(background))
+    image = stretched(grey, size)
+    return Prepared(np.asarray(255 - image, np.uint8) if inverted else image, inverted, before)
+
+
+def _squared(grey: Image.Image, background: int) -> Image.Image:
+    """Padded to a square with the background."""
+    if grey.width == grey.height:
+        return grey
     if max(grey.size) > LONGEST:  # to square one that is 200,000 pixels long takes 40 GB
         width, height = (max(1, length * LONGEST // max(grey.size)) for length in grey.size)
         grey = grey.resize((width, height), Image.Resampling.BILINEAR)
     side = max(grey.size)
-    square = Image.new("L", (side, side), round(background))
+    square = Image.new("L", (side, side), background)
     square.paste(grey, ((side - grey.width) // 2, (side - grey.height) // 2))
-    # Pillow widens the filter when it shrinks.
-    resized = np.asarray(square.resize((size, size), Image.Resampling.BILINEAR), np.uint8)
-    return Prepared(_inverted(resized) if inverted else resized, inverted, before)
+    return square
 
 
 def prepare_batch(pool: Executor, names: Sequence[Name], read: Callable[[Name], bytes], size: int, form: Form) -> Batch:
     """Pictures uint8 (n, size, size), read and prepared side by side; those that are none are black, and named by index
     with the reason. As many as there are threads are in memory as they were read."""
     return decode_batch(pool, names, size, lambda name, size: prepare_picture(read(name), size, form).image)
-
-
-def _inverted(pixels: Pixels) -> Pixels:
-    return np.asarray(255 - pixels, np.uint8)
