@@ -92,11 +92,11 @@ def verify(url: Published) -> None:
         url: A run's folder (STORE/runs/ID), a version (STORE/models/NAME/versions/N), a model (STORE/models/NAME: its
             champion) or a store (the champion of lenet).
     """
-    doubt = ""
+    doubts = []
     for found in pipeline.verify.verify(url):
         print(found, flush=True)
-        doubt = found.open_to_doubt and f", but for {found.open_to_doubt}"
-    print(f"verified{doubt}: {url}")
+        doubts += [found.open_to_doubt] if found.open_to_doubt else []
+    print(f"verified{', but for ' if doubts else ''}{' and '.join(doubts)}: {url}")
 
 
 def export(url: Published, output: Path) -> None:

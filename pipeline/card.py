@@ -50,8 +50,7 @@ def render_card(report: Report, side: int) -> str:
                 **{f"{split} images": f"{rows:,}" for split, rows in report.dataset.rows.items()},
                 **{
                     f"{split} images that are training images too": f"{count:,}"
-                    for split, count in (report.dataset.duplicates or {}).items()
-                    if count
+                    for split, count in report.dataset.leaks.items()
                 },
                 "licence": report.dataset.licence,
                 **({"home page": report.dataset.homepage} if report.dataset.homepage else {}),

@@ -95,7 +95,7 @@ def compare(
     elif gain < config.min_gain:
         reasons.append(f"it gains {gain:.4f} and min_gain is {config.min_gain:g}")
     if gain > 0 and p > config.max_p:
-        few = mcnemar(0, round(old.images * (1 - old.accuracy))) > config.max_p
+        few = mcnemar(0, old.images - old.correct) > config.max_p
         reasons.append(
             f"such a gain comes by chance with {shown_p(p, 3)}, and max_p is {config.max_p:g}"
             f"{', which no model can reach where the champion has so few images wrong' * few}"

@@ -261,15 +261,15 @@ def _judge(
 
 
 def _taken_back(store: Store, champion: Champion, model_sha256: str) -> int | None:
-    """The version with these weights that was champion and is not: a better one would win against the champion that it
-    was taken back for, and each night's run of the same seed is that one again."""
+    """The version with these weights that was champion and is not. It would win again, and each night's run of the same
+    seed is it again."""
     for change in champion.changes:
-        run = None
-        if change.version != champion.version:
-            with contextlib.suppress(DataError):  # gone, or damaged
-                run = find_run(store, change.run_id)
-        if run is not None and run.artifacts[SAFETENSORS].sha256 == model_sha256:
-            return change.version
+        if change.version == champion.version:
+            continue
+        with contextlib.suppress(DataError):  # damaged
+            run = find_run(store, change.run_id)
+            if run is not None and run.artifacts[SAFETENSORS].sha256 == model_sha256:
+                return change.version
     return None
 
 

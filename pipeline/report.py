@@ -40,6 +40,11 @@ class DatasetFacts(BaseModel):
     homepage: str
     duplicates: dict[str, int] | None = None
 
+    @property
+    def leaks(self) -> dict[str, int]:
+        """The held-out splits of which there are such images, and how many."""
+        return {split: count for split, count in (self.duplicates or {}).items() if count}
+
 
 class Report(BaseModel):
     """What a run did and what came of it. A function of the run's receipts and of what publishes it alone, so every

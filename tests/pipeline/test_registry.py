@@ -15,6 +15,7 @@ from pipeline.predictions import read_predictions
 from pipeline.promotion import Comparison, PromoteConfig
 from pipeline.publish import run_folder
 from pipeline.registry import (
+    Version,
     champion_key,
     find_champion,
     find_decision,
@@ -106,40 +107,42 @@ def test_a_damaged_version_or_champion_is_named(store: Store, published: list[st
         register(store, "lenet", published[2])
 
 
-@pytest.mark.parametrize("name", ["manifest.json", "report.json", "predictions/00001.parquet"])
-@pytest.mark.parametrize("deleted", [False, True])
-def test_a_champion_that_cannot_be_read_stays_and_stops_nobody(
-    local_store: Store, prepared: Callable[..., Store], trained: Trained, good_models: list[LeNet], name: str,
-    deleted: bool,
-) -> None:  # fmt: skip
+@pytest.fixture
+def challenger(
+    local_store: Store, prepared: Callable[..., Store], trained: Trained, good_models: list[LeNet]
+) -> Version:
+    """r3, which the rule was not asked about yet, in a store where r0 is the champion."""
+
     def make(first: Store) -> None:
         for number in (0, 3):
             trained(first, f"r{number}", model=good_models[number]).publish(first)
 
-    store, key = prepared("two runs", local_store, make), f"{run_folder('r0')}/{name}"
-    promote(store, RULE, register(store, "lenet", "r0"))
-    version = register(store, "lenet", "r3")
+    prepared("two runs", local_store, make)
+    promote(local_store, RULE, register(local_store, "lenet", "r0"))
+    return register(local_store, "lenet", "r3")
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "report.json", "predictions/00001.parquet"])
+@pytest.mark.parametrize("deleted", [False, True])
+def test_a_champion_that_cannot_be_read_stays_and_stops_nobody(
+    local_store: Store, challenger: Version, name: str, deleted: bool
+) -> None:
+    store, key = local_store, f"{run_folder('r0')}/{name}"
     if deleted:
         store.delete(key)
     else:
         store.put(key, store.read(key)[:-9])
-    found = promote(store, RULE, version)
+    found = promote(store, RULE, challenger)
     assert (found.promoted, found.champion) == (False, "lenet version 1 (r0)")
     assert re.match(r"the champion cannot be read \(.*runs/r0.*\), so promote it by hand", found.reasons[0])
     assert find_champion(store, "lenet").run_id == "r0"  # type: ignore[union-attr]
     assert promote_by_hand(store, "lenet", 2).run_id == "r3"
 
 
-def test_a_candidate_whose_own_predictions_cannot_be_read_is_told_so(
-    local_store: Store, trained: Trained, good_models: list[LeNet]
-) -> None:
-    for number in (0, 3):
-        trained(local_store, f"r{number}", model=good_models[number]).publish(local_store)
-    promote(local_store, RULE, register(local_store, "lenet", "r0"))
-    version = register(local_store, "lenet", "r3")
+def test_a_candidate_whose_own_predictions_cannot_be_read_is_told_so(local_store: Store, challenger: Version) -> None:
     local_store.delete(f"{run_folder('r3')}/predictions/00001.parquet")
     with pytest.raises(DataError, match=r"runs/r3/predictions/00001\.parquet: missing"):
-        promote(local_store, RULE, version)
+        promote(local_store, RULE, challenger)
 
 
 def test_counts_are_those_of_the_models_own_predictions(
@@ -200,16 +203,13 @@ def test_a_model_that_was_taken_back_does_not_come_back_with_the_next_night(
 
 
 def test_a_champion_with_fewer_predictions_than_there_are_images_stops_nobody(
-    local_store: Store, trained: Trained, good_models: list[LeNet]
+    local_store: Store, challenger: Version
 ) -> None:
-    for number in (0, 3):
-        trained(local_store, f"r{number}", model=good_models[number]).publish(local_store)
-    promote(local_store, RULE, register(local_store, "lenet", "r0"))
     key = f"{run_folder('r0')}/manifest.json"
     manifest = json.loads(local_store.read(key))
     del manifest["artifacts"]["predictions/00001.parquet"]
     local_store.put(key, json.dumps(manifest).encode())
-    found = promote(local_store, RULE, register(local_store, "lenet", "r3"))
+    found = promote(local_store, RULE, challenger)
     assert not found.promoted
     assert re.match(r"the champion cannot be read \(.*/runs/r0: has predictions of 100 images\), so", found.reasons[0])
 
